@@ -1,0 +1,1 @@
+"""A reverse proxy that ends TLS without ever holding a private key."""
