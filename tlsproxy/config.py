@@ -1,0 +1,226 @@
+"""The configuration as frozen data. `config_yaml` makes it from a file; nothing reads YAML after that.
+
+Times are seconds, sizes bytes, names as in the file. A limit of 0 means no limit. Every object that a later check can
+find fault with (a certificate that does not match its key, say) carries its `origin` in the file.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where in the file a value stands, for errors that are found after parsing."""
+
+    file: str
+    line: int
+    column: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An `IP:port` (IPv6 in brackets) to listen on or connect to; for an upstream the host may be a name."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class LogFormat(str, enum.Enum):
+    """How log lines are written."""
+
+    JSON = "json"
+    TEXT = "text"
+
+
+class LogLevel(str, enum.Enum):
+    """The least severe line that is written."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """What is logged, on stderr."""
+
+    level: LogLevel
+    format: LogFormat
+
+
+class TokenKind(str, enum.Enum):
+    """What holds the keys."""
+
+    SOFT = "soft"
+    PKCS11 = "pkcs11"
+    AWSKMS = "awskms"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenConfig:
+    """A token. Only its worker process opens it and reads its PIN."""
+
+    name: str
+    kind: TokenKind
+    pin_file: Path | None
+    pin_env: str | None
+    workers: int
+    path: Path | None
+    """soft: the token file."""
+    module: Path | None
+    """pkcs11: the vendor's library."""
+    token_label: str | None
+    token_serial: str | None
+    slot: int | None
+    sessions: int
+    """pkcs11: PKCS#11 sessions, and so signatures at a time, for each worker."""
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class HsmConfig:
+    """The pool of tokens."""
+
+    sign_deadline_s: float
+    max_pending: int
+    tokens: tuple[TokenConfig, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateConfig:
+    """A certificate chain and the name of its key in one or several tokens."""
+
+    name: str
+    chain_file: Path
+    key: str
+    tokens: tuple[str, ...]
+    origin: Origin
+
+
+class ListenerMode(str, enum.Enum):
+    """What is inside TLS."""
+
+    HTTP = "http"
+    TCP = "tcp"
+
+
+class TlsProfile(str, enum.Enum):
+    """Mozilla's server-side TLS recommendations, by their names."""
+
+    MODERN = "modern"
+    INTERMEDIATE = "intermediate"
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerTimeouts:
+    """Seconds a client may take."""
+
+    handshake_s: float
+    header_s: float
+    body_idle_s: float
+    idle_s: float
+    tunnel_idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerLimits:
+    """What a client may take, for each proxy process."""
+
+    header_bytes: int
+    body_bytes: int
+    connections: int
+    connections_per_client: int
+    handshakes: int
+    """TLS handshakes under way at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteConfig:
+    """Requests for `host` (exact, `*.example.com`, or `*`) whose path starts with `path` go to `upstream`."""
+
+    host: str
+    path: str
+    upstream: str
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerConfig:
+    """One address that clients connect to."""
+
+    address: Address
+    mode: ListenerMode
+    certificates: tuple[str, ...]
+    profile: TlsProfile
+    timeouts: ListenerTimeouts
+    limits: ListenerLimits
+    routes: tuple[RouteConfig, ...]
+    """http: by host, then longest path."""
+    upstream: str | None
+    """tcp: where the bytes go."""
+    origin: Origin
+
+
+class Balance(str, enum.Enum):
+    """How a server is chosen for a request."""
+
+    ROUND_ROBIN = "round_robin"
+    LEAST_CONNECTIONS = "least_connections"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """One server of an upstream."""
+
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamTimeouts:
+    """Seconds a server may take: to accept, until its response's head, and idle in the keep-alive pool."""
+
+    connect_s: float
+    response_s: float
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamConfig:
+    """A group of servers that answer alike."""
+
+    name: str
+    servers: tuple[ServerConfig, ...]
+    balance: Balance
+    keepalive: int
+    """Idle connections kept for each server and proxy process."""
+    timeouts: UpstreamTimeouts
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class AdminConfig:
+    """The admin port: plain HTTP, so on loopback unless told otherwise."""
+
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything."""
+
+    workers: int
+    runtime_dir: Path
+    log: LogConfig
+    hsm: HsmConfig
+    certificates: tuple[CertificateConfig, ...]
+    listeners: tuple[ListenerConfig, ...]
+    upstreams: tuple[UpstreamConfig, ...]
+    admin: AdminConfig | None
