@@ -1,0 +1,67 @@
+# make demo   an HTTPS proxy on https://127.0.0.1:8443 whose key only an isolated worker process holds
+# make test   everything, on real sockets, processes and tokens: make test ARGS="-x -k custody"
+# make help   the other targets
+
+PYTHON ?= python3
+BIN := .venv/bin
+EXTENSION_SOURCES := $(wildcard tlsproxy/tls/*.pyx tlsproxy/tls/*.pxd tlsproxy/tls/_provider.* hsm/backends/*.pyx hsm/backends/pkcs11_*.[ch])
+C_SOURCES := $(shell git ls-files '*.c' '*.h')
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build system-packages demo test lint format conformance clean
+
+help:
+	@echo "make demo         run the demo until Ctrl-C (ARGS=\"--port 9443\" and the like are passed on)"
+	@echo "make test         run all tests (ARGS are pytest's)"
+	@echo "make conformance  run the HTTP conformance corpus through the real proxy"
+	@echo "make lint         ruff, mypy --strict, import layers, clang-format"
+	@echo "make format       format Python and C"
+	@echo "make build        set up .venv and compile the extension"
+	@echo "make clean        remove .venv and what was built"
+
+# The build tools live in .venv too, so that a rebuild after an edit needs no network.
+.venv/build-tools: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later expected; got %d.%d" % sys.version_info[:2])'
+	@$(PYTHON) -m venv .venv
+	@$(PIP_INSTALL) 'setuptools>=77' 'Cython>=3.1'
+	@touch $@
+
+.venv/installed: .venv/build-tools $(EXTENSION_SOURCES)
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+.venv/lint-tools: .venv/installed
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[test,lint]'
+	@touch $@
+
+build: .venv/installed
+
+system-packages:
+	@tests/system-packages.sh
+
+demo: build
+	@$(BIN)/tlsproxy demo $(ARGS)
+
+test: system-packages build
+	@$(BIN)/python -m pytest $(ARGS)
+
+conformance: build
+	@$(BIN)/python -m pytest tests/conformance $(ARGS)
+
+lint: system-packages .venv/lint-tools
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(if $(C_SOURCES),clang-format --dry-run -Werror $(C_SOURCES),true)
+
+format: .venv/lint-tools
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+	@$(if $(C_SOURCES),clang-format -i $(C_SOURCES),true)
+
+clean:
+	rm -rf .venv build *.egg-info tlsproxy/tls/_openssl.c
+	find tlsproxy hsm -name '*.so' -delete
