@@ -50,3 +50,7 @@ class PinRefused(HsmError):
 
 class TokenFileError(HsmError):
     """A soft token's file is missing, damaged or of another format. The message names the file and the place."""
+
+
+class TokenConfigError(HsmError):
+    """What the configuration says of a token cannot be: no PIN file, no such module. The message names the place."""
