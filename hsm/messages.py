@@ -77,14 +77,21 @@ _ECDSA_SCHEMES = tuple(s for s in SignatureScheme if s.name.startswith("ECDSA"))
 
 
 class Status(enum.IntEnum):
-    """How a worker answered a request."""
+    """How a worker answered a request. The payload of OK is the signature; of the others, ASCII text."""
 
     OK = 0
     ERROR = 1
+    """The token failed, and another would too. Payload: `CODE: message`, as of a TokenError that is not retryable."""
     EXPIRED = 2
+    """The deadline passed before the token was done."""
     POLICY = 3
+    """Refused by the key's policy, for good. Payload: the rule broken."""
     BUSY = 4
+    """Not taken: the worker has as much in hand as it can hold. Ask again, or elsewhere."""
     NO_KEY = 5
+    """The token no longer has this key. Another token may."""
+    RETRY = 6
+    """The token failed; another may succeed. Payload: `CODE: message`, as of a TokenError that is retryable."""
 
 
 @dataclass(frozen=True, slots=True)
