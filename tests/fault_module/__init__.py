@@ -1,0 +1,120 @@
+"""A PKCS#11 module that does to its caller what HSMs do to theirs (fault_module.c), and its control block."""
+
+from __future__ import annotations
+
+import enum
+import mmap
+import os
+import struct
+import subprocess
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("fault_module.c")
+_HIDDEN_MECHANISMS = 16
+_WORD = struct.Struct("=I")
+_FIELDS = {
+    name: offset * _WORD.size
+    for offset, name in enumerate(
+        [
+            "sign_latency_us",
+            "error",
+            "error_functions",
+            "error_count",
+            "hang",
+            "losses",
+            "close_one_in",
+            "close_all_one_in",
+            "corrupt_one_in",
+            *(f"hidden_{index}" for index in range(_HIDDEN_MECHANISMS)),
+            "sign_calls",
+            "login_calls",
+            "open_sessions",
+            "open_session_calls",
+            "find_calls",
+        ]
+    )
+}
+FOREVER = 0xFFFFFFFF
+
+
+class On(enum.IntFlag):
+    """The functions an error is injected into."""
+
+    SIGN = 1
+    SIGN_INIT = 2
+    OPEN_SESSION = 4
+    LOGIN = 8
+    FIND = 16
+    SLOTS = 32
+    ALL = 63
+
+
+def build(directory: Path) -> Path:
+    """Compile the module into `directory`."""
+    library = directory / "fault_module.so"
+    flags = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    subprocess.run(["gcc", *flags, "-o", library, _SOURCE, "-ldl", "-lpthread"], check=True)
+    return library
+
+
+class FaultControl:
+    """What the module does, from now on and in whatever process has it loaded; and what was asked of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        size = len(_FIELDS) * _WORD.size
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.ftruncate(fd, size)
+            self._block = mmap.mmap(fd, size)
+        finally:
+            os.close(fd)
+
+    def environment(self, target: str) -> dict[str, str]:
+        """The variables a process needs to load the module around `target`."""
+        return {"FAULT_MODULE_TARGET": target, "FAULT_MODULE_CONTROL": str(self.path)}
+
+    def fail(self, error: int, on: On, times: int = FOREVER) -> None:
+        """Answer these functions with the CKR `error`, so many times."""
+        self._set("error_functions", 0)
+        self._set("error", error)
+        self._set("error_count", times)
+        self._set("error_functions", on)
+
+    def recover(self) -> None:
+        """No more errors, and what hangs returns."""
+        self._set("error_functions", 0)
+        self._set("hang", 0)
+
+    def hang(self) -> None:
+        """C_Sign no longer returns."""
+        self._set("hang", 1)
+
+    def lose_sessions(self) -> None:
+        """Close all sessions of the application, which ends its login."""
+        self._set("losses", self.get("losses") + 1)
+
+    def close_sessions_at_random(self, one_in: int, all_one_in: int = 0) -> None:
+        """Before one C_SignInit in so many, close its session; before one in so many, close all sessions. 0: never."""
+        self._set("close_one_in", one_in)
+        self._set("close_all_one_in", all_one_in)
+
+    def corrupt_signatures(self, one_in: int) -> None:
+        """Flip a bit in one signature in so many. 0: never."""
+        self._set("corrupt_one_in", one_in)
+
+    def set_sign_latency(self, seconds: float) -> None:
+        """Make each C_Sign take so much longer."""
+        self._set("sign_latency_us", round(seconds * 1e6))
+
+    def hide_mechanisms(self, *mechanisms: int) -> None:
+        """Leave these out of the token's mechanism list."""
+        for index, mechanism in enumerate(mechanisms + (0,) * (_HIDDEN_MECHANISMS - len(mechanisms))):
+            self._set(f"hidden_{index}", mechanism)
+
+    def get(self, field: str) -> int:
+        """Return a field of the control block, by its name in fault_module.c."""
+        return int(_WORD.unpack_from(self._block, _FIELDS[field])[0])
+
+    def _set(self, field: str, value: int) -> None:
+        _WORD.pack_into(self._block, _FIELDS[field], value)
