@@ -8,11 +8,12 @@ then one reply for each request, in any order.
 from __future__ import annotations
 
 import base64
-import binascii
 import enum
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 PROTOCOL_VERSION = 1
 MAX_TBS_BYTES = 1024
@@ -143,6 +144,34 @@ class ProtocolError(ValueError):
     """The peer sent what this protocol does not allow. The connection is of no further use."""
 
 
+def keys_to_json(keys: Sequence[KeyInfo]) -> list[dict[str, Any]]:
+    """Return a key table as JSON values."""
+    return [
+        {
+            "number": key.number,
+            "label": key.label,
+            "key_type": key.key_type.value,
+            "public_key": base64.b64encode(key.public_key).decode(),
+            "id": key.id.hex(),
+        }
+        for key in keys
+    ]
+
+
+def keys_from_json(document: list[dict[str, Any]]) -> tuple[KeyInfo, ...]:
+    """Return the key table in what `keys_to_json` made. Raises KeyError, TypeError or ValueError."""
+    return tuple(
+        KeyInfo(
+            number=int(key["number"]),
+            label=str(key["label"]),
+            key_type=KeyType(key["key_type"]),
+            public_key=base64.b64decode(key["public_key"], validate=True),
+            id=bytes.fromhex(key["id"]),
+        )
+        for key in document
+    )
+
+
 def encode_hello(hello: Hello) -> bytes:
     """Return the Hello frame."""
     document = {
@@ -150,16 +179,7 @@ def encode_hello(hello: Hello) -> bytes:
         "token": hello.token,
         "pid": hello.pid,
         "window": hello.window,
-        "keys": [
-            {
-                "number": key.number,
-                "label": key.label,
-                "key_type": key.key_type.value,
-                "public_key": base64.b64encode(key.public_key).decode(),
-                "id": key.id.hex(),
-            }
-            for key in hello.keys
-        ],
+        "keys": keys_to_json(hello.keys),
     }
     body = json.dumps(document).encode()
     return HELLO_HEADER.pack(len(body)) + body
@@ -185,20 +205,11 @@ def decode_hello(buffer: bytes | bytearray) -> tuple[Hello, int] | None:
         window = int(document["window"])
         if window < 1:
             raise ProtocolError(f"window of {window}; at least 1 expected")
-        keys = tuple(
-            KeyInfo(
-                number=int(key["number"]),
-                label=str(key["label"]),
-                key_type=KeyType(key["key_type"]),
-                public_key=base64.b64decode(key["public_key"], validate=True),
-                id=bytes.fromhex(key["id"]),
-            )
-            for key in document["keys"]
-        )
+        keys = keys_from_json(document["keys"])
         return Hello(str(document["token"]), int(document["pid"]), window, keys), end
     except ProtocolError:
         raise
-    except (KeyError, TypeError, ValueError, RecursionError, binascii.Error) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"malformed hello: {type(error).__name__}") from None
 
 

@@ -1,8 +1,8 @@
 """What a key may sign. A proxy that was taken over must not be able to use its token as a signing oracle.
 
 Every key here is for TLS servers, so a worker signs exactly two kinds of content, both told from everything else by
-their shape: the TLS 1.3 server CertificateVerify (RFC 8446 section 4.4.3) and the TLS 1.2 ECDHE ServerKeyExchange (RFC 8422
-section 5.4). The two cannot be mistaken for each other: byte 64 is `T` in one and 3 in the other.
+their shape: the TLS 1.3 server CertificateVerify (RFC 8446 section 4.4.3) and the TLS 1.2 ECDHE ServerKeyExchange
+(RFC 8422 section 5.4). The two cannot be mistaken for each other: byte 64 is `T` in one and 3 in the other.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class Signer(abc.ABC):
     def sign(self, key: int, scheme: SignatureScheme, tbs: bytes) -> bytes:
         """Return the signature of `tbs` as TLS wants it: ECDSA as a DER SEQUENCE, RSA as an octet string.
 
-        `key` is a KeyInfo.number of this backend and `scheme` one of its key type's schemes; the worker has checked both.
+        `key` is a KeyInfo.number of this backend and `scheme` one of its key type's schemes: the worker checks both.
 
         Raises:
             KeyNotFound: the token no longer has the key.
@@ -39,7 +39,7 @@ class Backend(abc.ABC):
     @property
     @abc.abstractmethod
     def signers(self) -> Sequence[Signer]:
-        """One for each signature the token can make at a time: one means the worker signs without threads."""
+        """One for each signature the token can make at a time."""
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -36,7 +36,7 @@ class SoftBackend(Backend):
         """Decrypt all keys. Raises PinRefused and TokenFileError."""
         private_keys = Vault.open(path, pin).private_keys()
         self._keys = tuple(info for info, _ in private_keys)
-        self._signers = (SoftSigner(private_keys),)
+        self._signers: tuple[SoftSigner, ...] = (SoftSigner(private_keys),)
 
     @property
     def keys(self) -> tuple[KeyInfo, ...]:

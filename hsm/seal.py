@@ -1,0 +1,59 @@
+"""Closes a process that will hold keys: to debuggers, core dumps, swap, privilege and inherited descriptors."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import resource
+from collections.abc import Iterable
+from pathlib import Path
+
+_PR_SET_DUMPABLE = 4
+_PR_SET_NO_NEW_PRIVS = 38
+_MCL_CURRENT = 1
+_MCL_FUTURE = 2
+_MCL_ONFAULT = 4
+_CAP_IPC_LOCK = 14
+
+_log = logging.getLogger(__name__)
+
+
+def seal_process() -> None:
+    """Make this process unreadable to others of its uid, as far as Linux lets it (prctl(2), mlockall(2)).
+
+    Raises OSError if the process stays dumpable or could gain privileges. Memory that cannot be locked is a warning.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for option, value in ((_PR_SET_DUMPABLE, 0), (_PR_SET_NO_NEW_PRIVS, 1)):
+        if libc.prctl(option, value, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
+    if not _may_lock_all():
+        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        _log.warning(
+            "memory is not locked, keys could be swapped out: "
+            "expected CAP_IPC_LOCK or no limit on locked memory (ulimit -l); got a limit of %d bytes",
+            limit,
+        )
+    elif libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) != 0:
+        _log.warning("memory is not locked, keys could be swapped out: %s", os.strerror(ctypes.get_errno()))
+
+
+def _may_lock_all() -> bool:
+    """Tell whether locking cannot make a later allocation fail, as it would under a limit."""
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
+        return True
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1)
+    return False
+
+
+def close_descriptors(keep: Iterable[int]) -> None:
+    """Close every descriptor above 2 but those in `keep`: an inherited one may lead to a network or a file."""
+    low = 3
+    for fd in sorted(set(keep)):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))

@@ -1,0 +1,128 @@
+"""The only process that holds a token's PIN, its PKCS#11 library, or its keys: `python -m hsm.worker [FD]`.
+
+It reads its WorkerSpec from the inherited descriptor FD (3 unless given), seals itself, opens the token, says so on its
+status descriptor, and signs for the clients of its Unix socket. It ends on SIGTERM or when the far end of FD closes,
+after answering what it has received. Exit codes: 0 told to end; 2 a fault that a restart cannot cure (the PIN was
+refused, the token's file is damaged, ...); 1 any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import assert_never
+
+from hsm import serving_inline
+from hsm.backends.base import Backend
+from hsm.backends.soft import SoftBackend
+from hsm.errors import HsmError, TokenConfigError, TokenError
+from hsm.messages import keys_to_json
+from hsm.metricstore import MetricStore
+from hsm.pin import read_pin, wipe
+from hsm.seal import close_descriptors, seal_process
+from hsm.workerspec import MAX_SPEC_BYTES, SPEC_FD, WorkerSpec, WorkerSpecError
+
+_EXIT_FAILED = 1
+_EXIT_PERMANENT = 2
+
+_log = logging.getLogger("hsm.worker")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the worker; return its exit code."""
+    # Ctrl-C in a terminal reaches the whole process group; the supervisor decides when a worker ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        spec_fd = int(arguments[0]) if arguments else SPEC_FD
+        spec = WorkerSpec.from_json(_read_spec(spec_fd))
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"hsm worker: the specification on the inherited descriptor: {error}\n")
+        return _EXIT_PERMANENT
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s %(levelname)s hsm worker {spec.token}[%(process)d]: %(message)s"
+    )
+    inherited = (spec_fd, spec.listen_fd, spec.status_fd, spec.metrics_fd)
+    close_descriptors(fd for fd in inherited if fd is not None)
+    try:
+        seal_process()
+        _run(spec, spec_fd)
+    except TokenError as error:
+        return _fail(spec, str(error), permanent=False)
+    except (HsmError, WorkerSpecError) as error:
+        return _fail(spec, str(error), permanent=True)
+    except OSError as error:
+        return _fail(spec, f"{error.strerror}", permanent=False)
+    return 0
+
+
+def _run(spec: WorkerSpec, spec_fd: int) -> None:
+    listener = socket.socket(fileno=spec.listen_fd)
+    if listener.family != socket.AF_UNIX:
+        raise WorkerSpecError(f"listen_fd: expected a Unix socket; got one of family {listener.family}")
+    try:
+        store = MetricStore(spec.metrics_fd)
+    except ValueError as error:
+        raise WorkerSpecError(f"metrics_fd: {error}") from None
+    backend = _open_backend(spec)
+    stop_fds = (spec_fd, _stop_on_sigterm())
+    _log.info("ready, %d keys: %s", len(backend.keys), ", ".join(key.label for key in backend.keys))
+    _report(spec, {"state": "ready", "pid": os.getpid(), "keys": keys_to_json(backend.keys)})
+    try:
+        serving_inline.serve(backend, listener, spec, store, stop_fds)
+    finally:
+        backend.close()
+
+
+def _open_backend(spec: WorkerSpec) -> Backend:
+    pin = read_pin(spec.pin_file, spec.pin_env)
+    try:
+        match spec.kind:
+            case "soft":
+                assert spec.path is not None
+                return SoftBackend(spec.path, pin)
+            case "pkcs11":
+                raise TokenConfigError(f"{spec.module}: PKCS#11 tokens are not served yet")
+            case _:
+                assert_never(spec.kind)
+    finally:
+        wipe(pin)
+
+
+def _read_spec(fd: int) -> bytes:
+    """Return the first line. Byte by byte, so that what follows stays readable and tells the end of the parent."""
+    line = bytearray()
+    while len(line) < MAX_SPEC_BYTES:
+        byte = os.read(fd, 1)
+        if byte in (b"\n", b""):
+            return bytes(line)
+        line += byte
+    raise WorkerSpecError(f"expected a line of at most {MAX_SPEC_BYTES} bytes")
+
+
+def _stop_on_sigterm() -> int:
+    """Return a descriptor that becomes readable on SIGTERM. Before, while a token opens, SIGTERM ends the process."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(writer)
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: None)
+    return reader
+
+
+def _fail(spec: WorkerSpec, message: str, *, permanent: bool) -> int:
+    _log.error("%s", message)
+    _report(spec, {"state": "failed", "error": message, "permanent": permanent})
+    return _EXIT_PERMANENT if permanent else _EXIT_FAILED
+
+
+def _report(spec: WorkerSpec, status: dict[str, object]) -> None:
+    with contextlib.suppress(BrokenPipeError), open(spec.status_fd, "w", closefd=False) as stream:
+        stream.write(json.dumps(status) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
