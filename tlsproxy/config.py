@@ -7,8 +7,11 @@ find fault with (a certificate that does not match its key, say) carries its `or
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from tlsproxy.errors import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,13 @@ class Origin:
     line: int
     column: int
     path: str
+    keys: Mapping[str, tuple[int, int]] = field(default_factory=dict, compare=False)
+    """Line and column of the value of each of its keys."""
+
+    def problem(self, key: str, message: str) -> Problem:
+        """Return what is wrong with the value of `key`, or with the whole where that key was left out."""
+        line, column = self.keys.get(key, (self.line, self.column))
+        return Problem(self.file, line, column, f"{self.path}.{key}", message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +71,6 @@ class TokenKind(str, enum.Enum):
 
     SOFT = "soft"
     PKCS11 = "pkcs11"
-    AWSKMS = "awskms"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,370 @@
+"""The configuration file: what each key may be, its default, and what must go together.
+
+Every problem is found in one go and carries file, line and column. What needs a look at other files (certificates,
+tokens) is checked later, by `serve.materials`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from tlsproxy.config import (
+    Address,
+    AdminConfig,
+    Balance,
+    CertificateConfig,
+    Config,
+    HsmConfig,
+    ListenerConfig,
+    ListenerLimits,
+    ListenerMode,
+    ListenerTimeouts,
+    LogConfig,
+    LogFormat,
+    LogLevel,
+    RouteConfig,
+    ServerConfig,
+    TlsProfile,
+    TokenConfig,
+    TokenKind,
+    UpstreamConfig,
+    UpstreamTimeouts,
+)
+from tlsproxy.errors import ConfigError, Problem
+from tlsproxy.yaml_nodes import MAX_FILE_BYTES, Document, InvalidValueError, MappingReader, Value
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_HOST_LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+_ROUTE_HOST = re.compile(rf"\*|(?:\*\.)?{_HOST_LABEL}(?:\.{_HOST_LABEL})*|\d+(?:\.\d+){{3}}|\[[0-9a-f:.]+\]")
+_ROUTE_PATH = re.compile(r"/[!-\"$->@-~]*")
+_SERVER_HOST = re.compile(rf"{_HOST_LABEL}(?:\.{_HOST_LABEL})*", re.IGNORECASE)
+_NOWHERE = Address("", 0)
+
+Named = TypeVar("Named", TokenConfig, CertificateConfig, UpstreamConfig)
+
+
+def load_config(file: str) -> Config:
+    """Read the configuration in `file`. Raises ConfigError with every problem found."""
+    try:
+        with Path(file).open("rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError([Problem(file, 1, 1, "(file)", f"expected a readable file; got {error.strerror}")]) from None
+    return parse_config(content, file, Path(file).absolute().parent)
+
+
+def parse_config(content: bytes, file: str, directory: Path) -> Config:
+    """Read the configuration in `content`; `file` names it in messages, relative paths are relative to `directory`.
+
+    Raises ConfigError with every problem found.
+    """
+    document = Document(file, directory)
+    root = document.parse(content)
+    try:
+        config = _config(root.mapping(), directory)
+        _check_references(config, document.problems)
+    except InvalidValueError:
+        pass
+    if document.problems:
+        raise ConfigError(sorted(document.problems, key=lambda problem: (problem.line, problem.column)))
+    return config
+
+
+def _config(root: MappingReader, directory: Path) -> Config:
+    log = root.section("log")
+    hsm = root.section("hsm")
+    no_tokens: tuple[TokenConfig, ...] = ()
+    tokens = hsm.required("tokens", lambda value: value.each(_token, at_least=1), no_tokens)
+    config = Config(
+        workers=root.optional("workers", _workers, _cores()),
+        runtime_dir=root.optional("runtime_dir", Value.path_name, directory / "run"),
+        log=LogConfig(
+            level=log.optional("level", lambda value: value.choice(LogLevel), LogLevel.INFO),
+            format=log.optional("format", lambda value: value.choice(LogFormat), LogFormat.JSON),
+        ),
+        hsm=HsmConfig(
+            sign_deadline_s=hsm.optional("sign_deadline", lambda value: value.duration(0.01, 60), 2.0),
+            max_pending=hsm.optional("max_pending", lambda value: value.integer(1, 1_000_000), 2048),
+            tokens=tokens,
+        ),
+        certificates=root.required(
+            "certificates",
+            lambda value: value.each(
+                lambda item: _certificate(item, tuple(token.name for token in tokens)), at_least=1
+            ),
+            (),
+        ),
+        listeners=root.required("listeners", lambda value: value.each(_listener, at_least=1), ()),
+        upstreams=root.required("upstreams", lambda value: value.each(_upstream, at_least=1), ()),
+        admin=root.optional("admin", _admin, None),
+    )
+    for reader in (log, hsm, root):
+        reader.finish()
+    return config
+
+
+def _workers(value: Value) -> int:
+    return _cores() if value.text("a number or auto") == "auto" else value.integer(1, 1024, " or auto")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _name(value: Value) -> str:
+    return value.text("a name of letters, digits, '.', '_' and '-', at most 63 long", _NAME)
+
+
+def _token(value: Value) -> TokenConfig:
+    reader = value.mapping()
+    name = reader.required("name", _name, "")
+    kind = reader.required("kind", lambda item: item.choice(TokenKind), TokenKind.SOFT)
+    path = module = token_label = token_serial = slot = None
+    sessions = 1
+    if kind is TokenKind.SOFT:
+        path = reader.required("path", Value.path_name, None)
+    else:
+        module = reader.required("module", Value.path_name, None)
+        token_label = reader.optional("token_label", Value.text, None)
+        token_serial = reader.optional("token_serial", Value.text, None)
+        slot = reader.optional("slot", lambda item: item.integer(0, (1 << 63) - 1), None)
+        sessions = reader.optional("sessions", lambda item: item.integer(1, 1024), 16)
+        if not any(map(reader.get, ("token_label", "token_serial", "slot"))):
+            value.note("expected token_label, token_serial or slot; got none of them")
+    pin_file = reader.optional("pin_file", lambda item: item.path_name(secret=True), None)
+    pin_env = reader.optional("pin_env", _environment_name, None)
+    given = [key for key in ("pin_file", "pin_env") if reader.get(key) is not None]
+    if len(given) != 1:
+        value.note(f"expected exactly one of pin_file and pin_env; got {'both' if given else 'neither'}")
+    workers = reader.optional("workers", lambda item: item.integer(1, 256), _cores() if kind is TokenKind.SOFT else 1)
+    reader.finish()
+    return TokenConfig(
+        name=name,
+        kind=kind,
+        pin_file=pin_file,
+        pin_env=pin_env,
+        workers=workers,
+        path=path,
+        module=module,
+        token_label=token_label,
+        token_serial=token_serial,
+        slot=slot,
+        sessions=sessions,
+        origin=value.origin,
+    )
+
+
+def _environment_name(value: Value) -> str:
+    return value.text("the name of an environment variable", _ENVIRONMENT_NAME, secret=True)
+
+
+def _certificate(value: Value, all_tokens: tuple[str, ...]) -> CertificateConfig:
+    reader = value.mapping()
+    certificate = CertificateConfig(
+        name=reader.required("name", _name, ""),
+        chain_file=reader.required("chain_file", Value.path_name, Path()),
+        key=reader.required("key", lambda item: item.text("a key's label"), ""),
+        tokens=reader.optional("tokens", lambda item: item.each(_name, at_least=1), all_tokens),
+        origin=value.origin,
+    )
+    reader.finish()
+    return certificate
+
+
+def _listener(value: Value) -> ListenerConfig:
+    reader = value.mapping()
+    mode = reader.optional("mode", lambda item: item.choice(ListenerMode), ListenerMode.HTTP)
+    routes: tuple[RouteConfig, ...] = ()
+    upstream = None
+    if mode is ListenerMode.HTTP:
+        routes = reader.required("routes", lambda item: item.each(_route, at_least=1), ())
+    else:
+        upstream = reader.required("upstream", _name, None)
+    tls = reader.section("tls")
+    profile = tls.optional("profile", lambda item: item.choice(TlsProfile), TlsProfile.INTERMEDIATE)
+    tls.finish()
+    listener = ListenerConfig(
+        address=reader.required("address", _listen_address, _NOWHERE),
+        mode=mode,
+        certificates=reader.required("certificates", lambda item: item.each(_name, at_least=1), ()),
+        profile=profile,
+        timeouts=_listener_timeouts(reader.section("timeouts")),
+        limits=_listener_limits(reader.section("limits")),
+        routes=routes,
+        upstream=upstream,
+        origin=value.origin,
+    )
+    reader.finish()
+    return listener
+
+
+def _listener_timeouts(reader: MappingReader) -> ListenerTimeouts:
+    def seconds(key: str, default_s: float) -> float:
+        return reader.optional(key, lambda value: value.duration(0.1, 30 * 86400), default_s)
+
+    timeouts = ListenerTimeouts(
+        handshake_s=seconds("handshake", 10.0),
+        header_s=seconds("header", 10.0),
+        body_idle_s=seconds("body_idle", 30.0),
+        idle_s=seconds("idle", 60.0),
+        tunnel_idle_s=seconds("tunnel_idle", 3600.0),
+    )
+    reader.finish()
+    return timeouts
+
+
+def _listener_limits(reader: MappingReader) -> ListenerLimits:
+    def count(key: str, default: int) -> int:
+        return reader.optional(key, lambda value: value.integer(0, 10_000_000), default)
+
+    limits = ListenerLimits(
+        header_bytes=reader.optional("header_bytes", lambda value: value.size(1 << 10, 1 << 20), 64 << 10),
+        body_bytes=reader.optional("body_bytes", lambda value: value.size(0, 1 << 50), 0),
+        connections=count("connections", 20_000),
+        connections_per_client=count("connections_per_client", 0),
+        handshakes=count("handshakes", 2048),
+    )
+    reader.finish()
+    return limits
+
+
+def _route(value: Value) -> RouteConfig:
+    reader = value.mapping()
+    route = RouteConfig(
+        host=reader.optional("host", _route_host, "*"),
+        path=reader.optional("path", lambda item: item.text("a path that starts with '/'", _ROUTE_PATH), "/"),
+        upstream=reader.required("upstream", _name, ""),
+        origin=value.origin,
+    )
+    reader.finish()
+    return route
+
+
+def _route_host(value: Value) -> str:
+    return value.text("a lower-case host name, *.example.com or *", _ROUTE_HOST)
+
+
+def _upstream(value: Value) -> UpstreamConfig:
+    reader = value.mapping()
+    timeouts = reader.section("timeouts")
+    upstream = UpstreamConfig(
+        name=reader.required("name", _name, ""),
+        servers=reader.required("servers", lambda item: item.each(_server, at_least=1), ()),
+        balance=reader.optional("balance", lambda item: item.choice(Balance), Balance.ROUND_ROBIN),
+        keepalive=reader.optional("keepalive", lambda item: item.integer(0, 100_000), 256),
+        timeouts=UpstreamTimeouts(
+            connect_s=timeouts.optional("connect", lambda item: item.duration(0.01, 3600), 2.0),
+            response_s=timeouts.optional("response", lambda item: item.duration(0.01, 86400), 30.0),
+            idle_s=timeouts.optional("idle", lambda item: item.duration(0.1, 86400), 60.0),
+        ),
+        origin=value.origin,
+    )
+    timeouts.finish()
+    reader.finish()
+    return upstream
+
+
+def _server(value: Value) -> ServerConfig:
+    reader = value.mapping()
+    server = ServerConfig(address=reader.required("address", _server_address, _NOWHERE))
+    reader.finish()
+    return server
+
+
+def _admin(value: Value) -> AdminConfig:
+    reader = value.mapping()
+    admin = AdminConfig(address=reader.required("address", _listen_address, _NOWHERE))
+    reader.finish()
+    return admin
+
+
+def _listen_address(value: Value) -> Address:
+    expected = "IP:port, such as 0.0.0.0:8443 or [::]:8443"
+    address = _split_address(value.text(expected))
+    if address is None or not _is_ip(address.host):
+        raise value.invalid(expected)
+    return address
+
+
+def _server_address(value: Value) -> Address:
+    expected = "host:port, such as 127.0.0.1:8000"
+    address = _split_address(value.text(expected))
+    if address is None or not (_is_ip(address.host) or _SERVER_HOST.fullmatch(address.host)):
+        raise value.invalid(expected)
+    return address
+
+
+def _split_address(text: str) -> Address | None:
+    host, _, port = text.rpartition(":")
+    if not re.fullmatch(r"[1-9]\d{0,4}", port) or int(port) > 65535:
+        return None
+    if host.startswith("[") and host.endswith("]") and ":" in host:
+        return Address(host[1:-1], int(port))
+    return Address(host, int(port)) if ":" not in host else None
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
+
+
+def _check_references(config: Config, problems: list[Problem]) -> None:
+    """Note names that are taken twice and names nobody has."""
+    tokens = _names("token", config.hsm.tokens, problems)
+    certificates = _names("certificate", config.certificates, problems)
+    upstreams = _names("upstream", config.upstreams, problems)
+    addresses = [] if config.admin is None else [config.admin.address]
+
+    for certificate in config.certificates:
+        problems += [
+            certificate.origin.problem("tokens", _unknown("token", name, tokens))
+            for name in certificate.tokens
+            if name not in tokens
+        ]
+    for listener in config.listeners:
+        problems += [
+            listener.origin.problem("certificates", _unknown("certificate", name, certificates))
+            for name in listener.certificates
+            if name not in certificates
+        ]
+        if listener.upstream and listener.upstream not in upstreams:
+            problems.append(listener.origin.problem("upstream", _unknown("upstream", listener.upstream, upstreams)))
+        if listener.address != _NOWHERE and listener.address in addresses:
+            message = f"expected an address used once; got {listener.address} again"
+            problems.append(listener.origin.problem("address", message))
+        addresses.append(listener.address)
+        _check_routes(listener.routes, upstreams, problems)
+
+
+def _check_routes(routes: Iterable[RouteConfig], upstreams: set[str], problems: list[Problem]) -> None:
+    seen = set()
+    for route in routes:
+        if route.upstream and route.upstream not in upstreams:
+            problems.append(route.origin.problem("upstream", _unknown("upstream", route.upstream, upstreams)))
+        if (route.host, route.path) in seen:
+            message = f"expected one route for host {route.host!r} and path {route.path!r}; got another"
+            problems.append(route.origin.problem("path", message))
+        seen.add((route.host, route.path))
+
+
+def _names(what: str, items: Iterable[Named], problems: list[Problem]) -> set[str]:
+    names: set[str] = set()
+    for item in items:
+        if item.name and item.name in names:
+            problems.append(
+                item.origin.problem("name", f"expected a name no other {what} has; got {item.name!r} again")
+            )
+        names.add(item.name)
+    return names
+
+
+def _unknown(what: str, name: str, known: set[str]) -> str:
+    return f"expected the name of a configured {what} ({', '.join(sorted(known - {''})) or 'none is'}); got {name!r}"
