@@ -106,6 +106,12 @@ class KeyInfo:
     """SubjectPublicKeyInfo, DER."""
     id: bytes = b""
     """CKA_ID, where the token has one."""
+    schemes: tuple[SignatureScheme, ...] = ()
+    """What the token can sign with this key; unless told, all that its type can. Some tokens know no RSA-PSS."""
+
+    def __post_init__(self) -> None:
+        if not self.schemes:
+            object.__setattr__(self, "schemes", self.key_type.schemes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +159,7 @@ def keys_to_json(keys: Sequence[KeyInfo]) -> list[dict[str, Any]]:
             "key_type": key.key_type.value,
             "public_key": base64.b64encode(key.public_key).decode(),
             "id": key.id.hex(),
+            "schemes": list(key.schemes),
         }
         for key in keys
     ]
@@ -167,6 +174,7 @@ def keys_from_json(document: list[dict[str, Any]]) -> tuple[KeyInfo, ...]:
             key_type=KeyType(key["key_type"]),
             public_key=base64.b64decode(key["public_key"], validate=True),
             id=bytes.fromhex(key["id"]),
+            schemes=tuple(SignatureScheme(scheme) for scheme in key["schemes"]),
         )
         for key in document
     )

@@ -36,7 +36,7 @@ class RequestHandler:
         self._verifiers: dict[tuple[int, int], PublicKey | None] = {
             (key.number, scheme): load_public_key(key.public_key) if key.key_type.is_rsa else None
             for key in keys
-            for scheme in key.key_type.schemes
+            for scheme in key.schemes
         }
         self._store = store
         self._store_lock = threading.Lock()
