@@ -16,27 +16,40 @@ _MCL_FUTURE = 2
 _MCL_ONFAULT = 4
 _CAP_IPC_LOCK = 14
 
+_libc = ctypes.CDLL(None, use_errno=True)
 _log = logging.getLogger(__name__)
 
 
 def seal_process() -> None:
-    """Make this process unreadable to others of its uid, as far as Linux lets it (prctl(2), mlockall(2)).
+    """Close this process to others of its uid, as far as Linux lets it (prctl(2), mlockall(2)).
 
-    Raises OSError if the process stays dumpable or could gain privileges. Memory that cannot be locked is a warning.
+    Raises OSError if it stays dumpable or could gain privileges. Memory that cannot be locked is a warning.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
+    forbid_dumps()
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _lock_memory()
+
+
+def forbid_dumps() -> None:
+    """Refuse core dumps, ptrace(2) and reads of /proc/PID/mem by others of this uid. Raises OSError."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for option, value in ((_PR_SET_DUMPABLE, 0), (_PR_SET_NO_NEW_PRIVS, 1)):
-        if libc.prctl(option, value, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}, {value}): {os.strerror(number)}")
+
+
+def _lock_memory() -> None:
     if not _may_lock_all():
-        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         _log.warning(
             "memory is not locked, keys could be swapped out: "
             "expected CAP_IPC_LOCK or no limit on locked memory (ulimit -l); got a limit of %d bytes",
-            limit,
+            resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         )
-    elif libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) != 0:
+    elif _libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) != 0:
         _log.warning("memory is not locked, keys could be swapped out: %s", os.strerror(ctypes.get_errno()))
 
 
