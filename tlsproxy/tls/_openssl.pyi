@@ -1,0 +1,76 @@
+"""Types of the compiled module; see _openssl.pyx."""
+
+OK: int
+"""The handshake is complete; or all plaintext was taken; or all was written."""
+WANT_DATA: int
+"""The client must send more."""
+WANT_CERTIFICATE: int
+"""See Connection.client_hello; answer with Connection.use_context, then call handshake again."""
+WANT_SIGNATURE: int
+"""See Connection.signature_request; answer with Connection.sign."""
+BUFFER_FULL: int
+"""More plaintext may follow: call read again."""
+CLOSE_NOTIFY: int
+"""The client has sent close_notify."""
+FAILED: int
+"""The connection is of no further use: reason, alert_sent and alert_received say why."""
+
+TLS1_2: int
+TLS1_3: int
+MAX_CHAIN: int
+MAX_TICKET_KEYS: int
+LIBRARY_VERSION: str
+
+class OpenSSLError(Exception): ...
+
+def live_jobs() -> int: ...
+
+class Settings:
+    """What the connections of one listener share: `alpn` in wire format (empty: ignore the extension), ticket keys."""
+
+    def __init__(self, alpn: bytes) -> None: ...
+    def set_ticket_keys(self, keys: list[tuple[bytes, bytes, bytes]]) -> None:
+        """Names, AES keys and HMAC keys (16, 32, 32 bytes); the first encrypts. Raises ValueError."""
+
+class Context:
+    """A certificate chain (DER, leaf first) whose key the signer knows by `handle`. Raises OpenSSLError, ValueError."""
+
+    def __init__(self, chain: tuple[bytes, ...], handle: int, min_version: int, settings: Settings) -> None: ...
+
+class Connection:
+    """One server-side connection. Statuses are the module's constants. ValueError on any use after free()."""
+
+    reason: str | None
+    def __init__(self, context: Context) -> None: ...
+    @property
+    def input_bytes(self) -> int: ...
+    @property
+    def output_bytes(self) -> int: ...
+    @property
+    def alert_sent(self) -> int | None: ...
+    @property
+    def alert_received(self) -> int | None: ...
+    def feed(self, data: bytes) -> None:
+        """Add ciphertext to what was not consumed yet."""
+    def handshake(self) -> int:
+        """OK, WANT_DATA, WANT_CERTIFICATE, WANT_SIGNATURE or FAILED."""
+    def client_hello(self) -> tuple[int, bytes, bytes | None, bytes | None, bytes | None, bytes | None, bytes | None]:
+        """legacy_version, cipher_suites, then the bodies of the extensions server_name, signature_algorithms,
+        supported_groups, supported_versions and ALPN: None where absent."""
+    def use_context(self, context: Context) -> None: ...
+    def signature_request(self) -> tuple[int, int, bytes, int]:
+        """(scheme, handle, tbs, longest signature in bytes). ValueError while none is wanted."""
+    def sign(self, signature: bytes | None) -> int:
+        """Resume the handshake with the signature, or without one: then it fails. Statuses as of handshake."""
+    def session(self) -> tuple[str, str, str | None, bytes | None, bool]:
+        """(TLS version, cipher, group, ALPN protocol, resumed) of the completed handshake."""
+    def read(self) -> tuple[int, bytes]:
+        """(OK, BUFFER_FULL, CLOSE_NOTIFY or FAILED; the plaintext)."""
+    def write(self, plaintext: bytes) -> int:
+        """OK or FAILED."""
+    def close(self) -> int:
+        """Send close_notify: OK or FAILED."""
+    def take_output(self) -> bytes:
+        """The ciphertext for the client. Still works after free()."""
+    def free(self) -> None:
+        """End a paused job and free what OpenSSL holds. May be called again."""

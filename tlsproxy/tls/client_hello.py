@@ -1,0 +1,81 @@
+"""What a ClientHello says that the choice of a certificate depends on (RFC 8446 section 4.1.2)."""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+
+TLS1_2_VERSION = 0x0303
+TLS1_3_VERSION = 0x0304
+
+_HOST_NAME = re.compile(rb"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?")
+_MAX_HOST_NAME_BYTES = 255
+
+
+@dataclass(frozen=True, slots=True)
+class ClientHello:
+    """A client's offer. Numbers are IANA code points, in the client's order; None where the extension is absent."""
+
+    server_name: str | None
+    """Lower case, without a trailing dot; None also when it is no host name."""
+    alpn_protocols: tuple[bytes, ...] = ()
+    cipher_suites: tuple[int, ...] = ()
+    signature_schemes: tuple[int, ...] | None = None
+    groups: tuple[int, ...] | None = None
+    offers_tls13: bool = True
+
+
+def parse_client_hello(
+    legacy_version: int,
+    cipher_suites: bytes,
+    server_name: bytes | None,
+    signature_algorithms: bytes | None,
+    supported_groups: bytes | None,
+    supported_versions: bytes | None,
+    alpn: bytes | None,
+) -> ClientHello:
+    """Return the offer in the given extension bodies.
+
+    A malformed body counts as absent: OpenSSL judges it afterwards, and ends the handshake with decode_error.
+    """
+    versions = None if supported_versions is None else _numbers(supported_versions[1:], supported_versions[:1])
+    return ClientHello(
+        server_name=None if server_name is None else _host_name(server_name),
+        alpn_protocols=() if alpn is None else _protocols(alpn),
+        cipher_suites=_numbers(cipher_suites) or (),
+        signature_schemes=_numbers_after_length(signature_algorithms),
+        groups=_numbers_after_length(supported_groups),
+        offers_tls13=versions is not None and TLS1_3_VERSION in versions and legacy_version >= TLS1_2_VERSION,
+    )
+
+
+def _numbers(body: bytes, length: bytes | None = None) -> tuple[int, ...] | None:
+    """The 16-bit numbers in `body`; None when its length is not what `length` (a big-endian number) says."""
+    if len(body) % 2 or (length is not None and int.from_bytes(length, "big") != len(body)):
+        return None
+    return struct.unpack(f">{len(body) // 2}H", body)
+
+
+def _numbers_after_length(extension: bytes | None) -> tuple[int, ...] | None:
+    return None if extension is None else _numbers(extension[2:], extension[:2])
+
+
+def _host_name(extension: bytes) -> str | None:
+    """The host_name of a server_name extension (RFC 6066 section 3); it allows one entry of that type."""
+    name = extension[5:]
+    expected = (len(name) + 3).to_bytes(2, "big") + b"\x00" + len(name).to_bytes(2, "big")
+    if len(name) > _MAX_HOST_NAME_BYTES or extension[:5] != expected or _HOST_NAME.fullmatch(name) is None:
+        return None
+    return name.decode("ascii").lower().rstrip(".")
+
+
+def _protocols(extension: bytes) -> tuple[bytes, ...]:
+    """The names in an ALPN extension (RFC 7301 section 3.1)."""
+    protocols = []
+    at = 2
+    while at < len(extension):
+        end = at + 1 + extension[at]
+        protocols.append(extension[at + 1 : end])
+        at = end
+    return tuple(protocols) if at == len(extension) else ()

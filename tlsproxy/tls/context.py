@@ -1,0 +1,92 @@
+"""What a listener's TLS connections share: profile, certificates, ALPN protocols, ticket keys."""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tlsproxy.tls import _openssl
+from tlsproxy.tls.certificates import Certificate, CertificateError
+from tlsproxy.tls.engine import TlsConnection
+from tlsproxy.tls.selection import CertificateSelector
+
+_MAX_ALPN_BYTES = 255
+
+
+class TlsProfile(enum.Enum):
+    """Mozilla's server-side TLS guidelines 5.7, of the suites ECDHE with AEAD only."""
+
+    MODERN = "modern"
+    """TLS 1.3."""
+    INTERMEDIATE = "intermediate"
+    """TLS 1.2 and 1.3."""
+
+
+@dataclass(frozen=True, slots=True)
+class TicketKey:
+    """Encrypts and authenticates session tickets (RFC 5077 section 4): AES-256-CBC, HMAC-SHA-256."""
+
+    name: bytes
+    """16 bytes, sent in clear: tells the keys apart."""
+    aes: bytes = field(repr=False)
+    """32 bytes."""
+    hmac: bytes = field(repr=False)
+    """32 bytes."""
+
+    @classmethod
+    def generate(cls) -> TicketKey:
+        """Return a new random key."""
+        return cls(os.urandom(16), os.urandom(32), os.urandom(32))
+
+
+class TlsContext:
+    """Makes the connections of one listener.
+
+    `certificates` in order of preference; clients are served by name and by what they can verify. `alpn_protocols` in
+    order of preference; with none, the client's ALPN extension is ignored. Tickets start with a random key.
+    """
+
+    def __init__(
+        self,
+        certificates: Sequence[Certificate],
+        *,
+        profile: TlsProfile = TlsProfile.INTERMEDIATE,
+        alpn_protocols: Sequence[bytes] = (b"http/1.1",),
+    ) -> None:
+        """Raises CertificateError for a chain OpenSSL refuses, ValueError for bad protocols or names."""
+        if not certificates or len({certificate.name for certificate in certificates}) != len(certificates):
+            raise ValueError(f"certificates of different names expected; got {[c.name for c in certificates]}")
+        for protocol in alpn_protocols:
+            if not 1 <= len(protocol) <= _MAX_ALPN_BYTES:
+                raise ValueError(f"ALPN protocols of 1 to {_MAX_ALPN_BYTES} bytes expected; got {protocol!r}")
+        self.certificates = tuple(certificates)
+        self.selector = CertificateSelector(self.certificates)
+        wire_format = b"".join(bytes([len(protocol)]) + protocol for protocol in alpn_protocols)
+        self._settings = _openssl.Settings(wire_format)
+        self.set_ticket_keys([TicketKey.generate()])
+        min_version = _openssl.TLS1_3 if profile is TlsProfile.MODERN else _openssl.TLS1_2
+        self._contexts: dict[str, _openssl.Context] = {}
+        for handle, certificate in enumerate(self.certificates):
+            try:
+                openssl_context = _openssl.Context(certificate.chain, handle, min_version, self._settings)
+            except _openssl.OpenSSLError as error:
+                raise CertificateError(certificate.name, f"OpenSSL refuses the chain: {error}") from None
+            self._contexts[certificate.name] = openssl_context
+
+    def set_ticket_keys(self, keys: Sequence[TicketKey]) -> None:
+        """Replace the ticket keys, for connections under way too: the first encrypts, all decrypt.
+
+        A ticket under another key than the first is replaced by a new one when it is used. Raises ValueError for a
+        wrong length, or fewer than 1 or more than 16 keys.
+        """
+        self._settings.set_ticket_keys([(key.name, key.aes, key.hmac) for key in keys])
+
+    def connection(self) -> TlsConnection:
+        """Return a new connection that waits for a ClientHello."""
+        return TlsConnection(self)
+
+    def openssl_context(self, certificate: Certificate) -> _openssl.Context:
+        """Return the OpenSSL context that serves `certificate`, one of this context's."""
+        return self._contexts[certificate.name]
