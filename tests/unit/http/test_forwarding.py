@@ -41,8 +41,8 @@ def test_what_the_server_is_told() -> None:
 def test_what_a_client_says_of_itself_is_not_believed() -> None:
     lines = forwarded(
         b"GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 1.1.1.1\r\nX_Forwarded_For: 1.1.1.1\r\n"
-        b"Forwarded: for=1.1.1.1\r\nX-Real-IP: 1.1.1.1\r\nX-Request-Id: 1.1.1.1\r\nProxy: 1.1.1.1\r\nx-forwarded-proto: 1.1.1.1\r\n"
-        b"my_own: kept\r\n\r\n"
+        b"Forwarded: for=1.1.1.1\r\nX-Real-IP: 1.1.1.1\r\nX-Request-Id: 1.1.1.1\r\n"
+        b"Proxy: 1.1.1.1\r\nx-forwarded-proto: 1.1.1.1\r\nmy_own: kept\r\n\r\n"
     )
     assert not any(b"1.1.1.1" in line for line in lines)
     assert b"my_own: kept" in lines

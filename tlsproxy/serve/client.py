@@ -1,0 +1,389 @@
+"""A client's connection, up to and including TLS: the handshake with its awaited signature, flow control, closing.
+
+What happens inside TLS is a subclass's part: HTTP (http_connection) or plain bytes (tunnel). Callbacks only; nothing
+here waits, and every deadline is one attribute that the listener's sweep looks at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import math
+from abc import ABC, abstractmethod
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from hsm.pool_request import Signature
+from tlsproxy.serve.counting import HandshakePhases, Negotiated, sign_failure_result
+from tlsproxy.tls.engine import TlsConnection
+from tlsproxy.tls.errors import ConnectionClosedError, SignatureLengthError
+from tlsproxy.tls.events import (
+    ClientHelloReceived,
+    CloseNotify,
+    ConnectionFailed,
+    Event,
+    HandshakeComplete,
+    HandshakeFailed,
+    PlaintextReceived,
+    SignatureNeeded,
+)
+
+if TYPE_CHECKING:
+    from tlsproxy.serve.listener import ListenerRuntime
+
+WRITE_BUFFER_BYTES = 64 * 1024
+"""A transport that holds more than this is full: whoever fills it is paused."""
+LINGER_S = 5.0
+"""How long a client may go on sending after the proxy has closed its side, before it is cut off."""
+LINGER_BYTES = 8 * 1024 * 1024
+
+_log = logging.getLogger("tlsproxy.handshake")
+
+
+class Phase(enum.Enum):
+    """Where a client connection is."""
+
+    HANDSHAKE = "handshake"
+    OPEN = "open"
+    LINGERING = "lingering"
+    """Our side is closed; what still comes is thrown away, so that the client gets to read our last words."""
+    CLOSED = "closed"
+
+
+class PauseReason(enum.IntFlag):
+    """Why nothing is read from the client; reading goes on when none is left."""
+
+    UPSTREAM = 1
+    """The upstream connection is not open yet, or full."""
+    PIPELINE = 2
+    """The client has sent further requests before the response to this one."""
+    CLIENT = 4
+    """The client does not read what is sent to it."""
+
+
+class ClientConnection(asyncio.Protocol, ABC):
+    """One client."""
+
+    __slots__ = (
+        "_accepted_s",
+        "_client_hello_s",
+        "_eof_received",
+        "_last_buffered",
+        "_lingered_bytes",
+        "_paused",
+        "_sign_failure",
+        "_signature",
+        "_signed",
+        "_tls",
+        "_transport",
+        "client_ip",
+        "deadline",
+        "phase",
+        "runtime",
+        "write_paused",
+    )
+
+    def __init__(self, runtime: ListenerRuntime) -> None:
+        self.runtime = runtime
+        self.phase = Phase.CLOSED
+        self.deadline = math.inf
+        """Monotonic seconds; on_timeout is called within a second after."""
+        self.client_ip = ""
+        self.write_paused = False
+        self._transport: asyncio.Transport
+        self._tls: TlsConnection
+        self._paused = PauseReason(0)
+        self._accepted_s = 0.0
+        self._client_hello_s = 0.0
+        self._signature: asyncio.Future[Signature] | None = None
+        self._signed: Signature | None = None
+        self._sign_failure = ""
+        self._last_buffered = 0
+        self._lingered_bytes = 0
+        self._eof_received = False
+
+    # What a subclass does.
+
+    @abstractmethod
+    def established(self) -> None:
+        """The handshake is complete."""
+
+    @abstractmethod
+    def plaintext_received(self, data: bytes) -> None:
+        """Data from the client."""
+
+    @abstractmethod
+    def input_ended(self) -> None:
+        """The client has sent close_notify: no more data will come."""
+
+    @abstractmethod
+    def output_writable(self, writable: bool) -> None:
+        """The client's transport has room again, or is full."""
+
+    @abstractmethod
+    def open_timeout(self, now_s: float) -> None:
+        """The deadline has passed while open."""
+
+    @abstractmethod
+    def ended(self) -> None:
+        """The connection is gone or going: let go of everything. Called once if `established` was."""
+
+    @abstractmethod
+    def drain(self) -> None:
+        """Close as soon as nothing is lost by it."""
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin the handshake, unless a limit is reached."""
+        assert isinstance(transport, asyncio.Transport)
+        peer = transport.get_extra_info("peername")
+        self.client_ip = peer[0].removeprefix("::ffff:") if peer else ""
+        self._transport = transport
+        if not self.runtime.admit(self):
+            transport.abort()
+            return
+        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        self.phase = Phase.HANDSHAKE
+        self._accepted_s = monotonic()
+        self.deadline = self._accepted_s + self.runtime.config.timeouts.handshake_s
+        self._tls = self.runtime.tls.connection()
+
+    def data_received(self, data: bytes) -> None:
+        """Decrypt, and act on what that yields."""
+        if self.phase is Phase.OPEN or self.phase is Phase.HANDSHAKE:
+            self._act_on(self._tls.receive_data(data))
+        else:
+            self._lingered_bytes += len(data)
+            if self._lingered_bytes > LINGER_BYTES:
+                self._transport.abort()
+
+    def eof_received(self) -> bool:
+        """End, unless the client had said close_notify and an answer is still due (True: keep the transport)."""
+        self._eof_received = True
+        if self.phase is Phase.HANDSHAKE:
+            self._handshake_ended("client_closed", "the client closed the connection")
+        elif self.phase is Phase.OPEN:
+            self._act_on(self._tls.receive_eof())
+        return self.phase is Phase.OPEN
+
+    def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        """Clean up."""
+        phase = self.phase
+        if phase is Phase.CLOSED and not self._accepted_s:
+            return
+        if phase is Phase.HANDSHAKE:
+            self._handshake_ended("client_closed", "the client closed the connection")
+        self.phase = Phase.CLOSED
+        if phase is Phase.OPEN:
+            self.ended()
+        self._tls.abort()
+        self.runtime.release(self)
+
+    def pause_writing(self) -> None:
+        """The client reads slower than is sent to it."""
+        self.write_paused = True
+        self._last_buffered = self._transport.get_write_buffer_size()
+        if self.phase is Phase.OPEN:
+            self.output_writable(False)
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        self.write_paused = False
+        if self.phase is Phase.OPEN:
+            self.output_writable(True)
+
+    # For subclasses and what they own.
+
+    def send(self, *pieces: bytes) -> None:
+        """Encrypt and write `pieces`, which are not all empty."""
+        if self.phase is not Phase.OPEN:
+            return
+        try:
+            self._tls.send(*pieces)
+        except ConnectionClosedError:
+            self.abort()
+            return
+        metrics = self.runtime.metrics
+        metrics.values[metrics.bytes_out] += sum(map(len, pieces))
+        self._transport.write(self._tls.data_to_send())
+
+    def pause(self, reason: PauseReason) -> None:
+        """Stop reading from the client for `reason`."""
+        if not self._paused and not self._transport.is_closing():
+            self._transport.pause_reading()
+        self._paused |= reason
+
+    def resume(self, reason: PauseReason) -> None:
+        """Withdraw `reason`; with the last one gone, read again."""
+        if self._paused:
+            self._paused &= ~reason
+            if not self._paused and not self._transport.is_closing():
+                self._transport.resume_reading()
+
+    @property
+    def is_paused(self) -> bool:
+        """Nothing is read from the client at present."""
+        return bool(self._paused)
+
+    def finish(self) -> None:
+        """Close in order: close_notify, end of output, then wait a little for the client to do the same."""
+        if self.phase is not Phase.OPEN:
+            return
+        self._leave_open()
+        self._tls.close()
+        self._linger()
+
+    def end_output(self) -> None:
+        """Send close_notify and the end of output; the client may go on sending."""
+        self._tls.close()
+        self._flush()
+        self._transport.write_eof()
+
+    def abort(self) -> None:
+        """Close at once and without close_notify: the client can tell that something is missing."""
+        if self.phase is Phase.OPEN:
+            self._leave_open()
+        if not self._transport.is_closing():
+            self._transport.abort()
+
+    def on_timeout(self, now_s: float) -> None:
+        """Act on the deadline having passed."""
+        if self.phase is Phase.HANDSHAKE:
+            self._handshake_ended("timeout", "the handshake took too long")
+            self._transport.abort()
+        elif self.phase is Phase.OPEN:
+            self.open_timeout(now_s)
+        elif not self.output_progressed(now_s):
+            self._transport.abort()
+
+    def output_progressed(self, now_s: float) -> bool:
+        """Tell whether the client has read some of what waits for it; if so, the deadline moves on."""
+        buffered = self._transport.get_write_buffer_size()
+        progressed = 0 < buffered < self._last_buffered
+        self._last_buffered = buffered
+        if progressed:
+            self.deadline = now_s + self.runtime.config.timeouts.body_idle_s
+        return progressed
+
+    # Handshake and closing.
+
+    def _act_on(self, events: list[Event]) -> None:
+        for event in events:
+            kind = type(event)
+            if kind is PlaintextReceived:
+                assert isinstance(event, PlaintextReceived)
+                if self.phase is Phase.OPEN:
+                    metrics = self.runtime.metrics
+                    metrics.values[metrics.bytes_in] += len(event.data)
+                    self.plaintext_received(event.data)
+            elif kind is CloseNotify:
+                if self.phase is Phase.OPEN:
+                    self.input_ended()
+            else:
+                self._act_on_rare(event)
+        self._flush()
+
+    def _act_on_rare(self, event: Event) -> None:
+        if isinstance(event, ClientHelloReceived):
+            self._client_hello_s = monotonic()
+        elif isinstance(event, SignatureNeeded):
+            self._flush()
+            key = self.runtime.signing_keys[event.certificate.name]
+            self._signature = self.runtime.pool.submit(key, event.scheme, event.tbs)
+            self._signature.add_done_callback(self._on_signature)
+        elif isinstance(event, HandshakeComplete):
+            self._complete(event)
+        elif isinstance(event, HandshakeFailed):
+            result = "tls_alert" if event.alert_received is not None else self._sign_failure or "protocol_error"
+            self._handshake_ended(result, event.reason)
+            self._linger()
+        elif isinstance(event, ConnectionFailed) and self.phase is Phase.OPEN:
+            self._leave_open()
+            self._linger()
+
+    def _on_signature(self, future: asyncio.Future[Signature]) -> None:
+        self._signature = None
+        if future.cancelled() or self.phase is not Phase.HANDSHAKE:
+            return
+        error = future.exception()
+        if error is None:
+            self._signed = future.result()
+            try:
+                events = self._tls.provide_signature(self._signed.value)
+            except SignatureLengthError:
+                self._sign_failure = "hsm_unavailable"
+                events = self._tls.fail_signature("the token's signature has a length that its key can't make")
+        else:
+            self._sign_failure = sign_failure_result(error)
+            events = self._tls.fail_signature(str(error))
+        self._act_on(events)
+
+    def _complete(self, event: HandshakeComplete) -> None:
+        now_s = monotonic()
+        total_s = now_s - self._accepted_s
+        phases = None
+        signed = self._signed
+        if signed is not None:
+            client_hello_s = self._client_hello_s - self._accepted_s
+            finish_s = total_s - client_hello_s - signed.queue_s - signed.sign_s
+            phases = HandshakePhases(client_hello_s, signed.queue_s, signed.sign_s, finish_s)
+        scheme = event.scheme.label if event.scheme is not None else ""
+        self.runtime.metrics.observe_handshake(
+            Negotiated(event.tls_version, event.cipher, event.group or "", scheme),
+            total_s,
+            key_type=event.certificate.key_type.value,
+            phases=phases,
+        )
+        self.runtime.handshake_ended()
+        self._signed = None
+        self.phase = Phase.OPEN
+        self._flush()
+        self.established()
+
+    def _handshake_ended(self, result: str, reason: str) -> None:
+        """Take note of a handshake that did not succeed."""
+        self.phase = Phase.CLOSED
+        if self._signature is not None:
+            self._signature.cancel()
+            self._signature = None
+        self.runtime.metrics.count_handshake(result)
+        self.runtime.handshake_ended()
+        if _log.isEnabledFor(logging.INFO):
+            _log.info(
+                "handshake failed",
+                extra={
+                    "listener": self.runtime.name,
+                    "client": self.client_ip,
+                    "result": result,
+                    "reason": reason,
+                    "duration_s": round(monotonic() - self._accepted_s, 6),
+                },
+            )
+
+    def _leave_open(self) -> None:
+        self.phase = Phase.CLOSED
+        self.ended()
+
+    def _flush(self) -> None:
+        data = self._tls.data_to_send()
+        if data and not self._transport.is_closing():
+            self._transport.write(data)
+
+    def _linger(self) -> None:
+        """Send what is left, then our end of output, and throw away what still comes until the client closes too."""
+        transport = self._transport
+        if transport.is_closing():
+            return
+        self._flush()
+        if self._eof_received:
+            transport.close()
+            return
+        self.phase = Phase.LINGERING
+        self.deadline = monotonic() + LINGER_S
+        self._last_buffered = transport.get_write_buffer_size() + 1
+        transport.write_eof()
+        if self._paused:
+            self._paused = PauseReason(0)
+            transport.resume_reading()

@@ -1,0 +1,235 @@
+"""HTTP/1.1 on a client connection: requests are read one after the other, each becomes an exchange with an upstream."""
+
+from __future__ import annotations
+
+import logging
+import math
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from tlsproxy.errors import HttpError, UpstreamError
+from tlsproxy.http.codec import RequestHead, RequestReader
+from tlsproxy.http.replies import error_reply
+from tlsproxy.serve.client import ClientConnection, PauseReason
+from tlsproxy.serve.exchange import Exchange
+
+if TYPE_CHECKING:
+    from tlsproxy.serve.listener import ListenerRuntime
+
+PIPELINED_BYTES = 64 * 1024
+"""What is read ahead while a response is under way. Reading on is how a client that leaves is noticed."""
+
+_log = logging.getLogger("tlsproxy.access")
+
+
+class HttpConnection(ClientConnection):
+    """A client that speaks HTTP/1.1 inside TLS."""
+
+    __slots__ = ("_closing_input", "_exchange", "_head_started", "_reader", "client_ip_bytes")
+
+    def __init__(self, runtime: ListenerRuntime) -> None:
+        super().__init__(runtime)
+        self._reader = RequestReader(runtime.config.limits.header_bytes)
+        self._exchange: Exchange | None = None
+        self._head_started = False
+        self._closing_input = False
+        self.client_ip_bytes = b""
+
+    @property
+    def may_keep_alive(self) -> bool:
+        """After the present exchange the connection can carry another."""
+        exchange = self._exchange
+        return exchange is not None and exchange.request.keep_alive and not self.runtime.draining
+
+    # What ClientConnection calls.
+
+    def established(self) -> None:
+        """Wait for a request."""
+        self.client_ip_bytes = self.client_ip.encode("ascii")
+        self.deadline = monotonic() + self.runtime.config.timeouts.header_s
+
+    def plaintext_received(self, data: bytes) -> None:
+        """Read on."""
+        self._reader.receive(data)
+        self._advance()
+
+    def input_ended(self) -> None:
+        """Answer what is there; a request that is not whole never will be."""
+        self._closing_input = True
+        exchange = self._exchange
+        if exchange is None:
+            self.finish()
+        elif not exchange.request_ended:
+            self.abort()
+
+    def output_writable(self, writable: bool) -> None:
+        """Stop the upstream, and further requests, while the client does not read."""
+        if writable:
+            self.resume(PauseReason.CLIENT)
+            self._set_deadline()
+        else:
+            self.pause(PauseReason.CLIENT)
+            self.deadline = monotonic() + self.runtime.config.timeouts.body_idle_s
+        if self._exchange is not None:
+            self._exchange.client_writable(writable)
+
+    def open_timeout(self, now_s: float) -> None:
+        """End what takes too long: 408 where a request is missing its rest."""
+        exchange = self._exchange
+        if self.write_paused:
+            if not self.output_progressed(now_s):
+                self.abort()
+        elif exchange is None:
+            if self._head_started:
+                self._refuse(HttpError(408, "header_timeout"))
+            else:
+                self.finish()
+        elif not exchange.request_ended and not self.is_paused:
+            if exchange.status:
+                self.abort()
+            else:
+                self._refuse(HttpError(408, "body_timeout"))
+        else:
+            self.deadline = math.inf
+
+    def ended(self) -> None:
+        """Give up what is under way."""
+        exchange = self._exchange
+        if exchange is not None:
+            self._exchange = None
+            exchange.cancel()
+
+    def drain(self) -> None:
+        """Close, now if idle."""
+        if self._exchange is None and not self._head_started:
+            self.finish()
+
+    # What an exchange calls.
+
+    def exchange_completed(self, *, keep_alive: bool) -> None:
+        """The response has been sent to its end."""
+        exchange = self._exchange
+        assert exchange is not None
+        self._exchange = None
+        self.resume(PauseReason.UPSTREAM)
+        self._record(exchange.request, exchange.upstream.name, exchange.status, exchange.started_s)
+        self._next(keep_alive=keep_alive)
+
+    def exchange_failed(self, error: UpstreamError) -> None:
+        """Answer in the upstream's place; a response already begun can only be cut off."""
+        exchange = self._exchange
+        assert exchange is not None
+        keep_alive = self.may_keep_alive and exchange.request_ended
+        self._exchange = None
+        self.resume(PauseReason.UPSTREAM)
+        if exchange.status:
+            self._record(exchange.request, exchange.upstream.name, exchange.status, exchange.started_s)
+            self.abort()
+            return
+        self._reply(exchange.request, error.status, exchange.started_s, keep_alive=keep_alive)
+        self._next(keep_alive=keep_alive)
+
+    # Inside.
+
+    def _advance(self) -> None:
+        """Act on what has been read, as far as it goes."""
+        reader = self._reader
+        try:
+            while self._exchange is None:
+                request = reader.read_head()
+                if request is None:
+                    self._await_head()
+                    return
+                self._head_started = False
+                if not self._begin(request):
+                    return
+            exchange = self._exchange
+            if not exchange.request_ended:
+                data = reader.read_body()
+                exchange.send(data, last=reader.at_end)
+                self._set_deadline()
+            elif reader.buffered_bytes > PIPELINED_BYTES:
+                self.pause(PauseReason.PIPELINE)
+        except HttpError as error:
+            self._refuse(error)
+
+    def _await_head(self) -> None:
+        if self._closing_input:
+            self.finish()
+        elif self._reader.buffered_bytes and not self._head_started:
+            self._head_started = True
+            self.deadline = monotonic() + self.runtime.config.timeouts.header_s
+
+    def _begin(self, request: RequestHead) -> bool:
+        """Start an exchange, or answer that there is no route (False if that ends the connection)."""
+        runtime = self.runtime
+        if runtime.config.limits.body_bytes:
+            self._reader.limit_body(runtime.config.limits.body_bytes)
+        route = runtime.router.find(request.host_name, request.path)
+        if route is None:
+            keep_alive = request.keep_alive and not request.has_body and not runtime.draining
+            self._reply(request, 404, monotonic(), keep_alive=keep_alive)
+            if not keep_alive:
+                self.finish()
+            return keep_alive
+        self._exchange = Exchange(self, request, runtime.upstreams[route.upstream])
+        self._exchange.start()
+        return True
+
+    def _next(self, *, keep_alive: bool) -> None:
+        """Go on with the next request, or close."""
+        if not keep_alive or self.runtime.draining:
+            self.finish()
+            return
+        self._set_deadline()
+        self.resume(PauseReason.PIPELINE)
+        if self._reader.buffered_bytes or self._closing_input:
+            self._advance()
+
+    def _set_deadline(self) -> None:
+        """Between requests the client has `idle` seconds, while its body is awaited `body_idle` for each piece."""
+        exchange = self._exchange
+        if self.write_paused:
+            return
+        if exchange is None:
+            self.deadline = monotonic() + self.runtime.config.timeouts.idle_s
+        elif exchange.request_ended or self.is_paused:
+            self.deadline = math.inf
+        else:
+            self.deadline = monotonic() + self.runtime.config.timeouts.body_idle_s
+
+    def _refuse(self, error: HttpError) -> None:
+        """Answer a request that broke a rule or a limit, and close: where the next one starts is not known."""
+        self.runtime.metrics.count_rejected(error.reason)
+        exchange = self._exchange
+        if exchange is not None and exchange.status:
+            self.abort()
+            return
+        if exchange is not None:
+            self._reply(exchange.request, error.status, exchange.started_s, keep_alive=False)
+        else:
+            self._reply(None, error.status, monotonic(), keep_alive=False)
+        self.finish()
+
+    def _reply(self, request: RequestHead | None, status: int, started_s: float, *, keep_alive: bool) -> None:
+        head_only = request is not None and request.method == b"HEAD"
+        self.send(error_reply(status, keep_alive=keep_alive, head_only=head_only))
+        self._record(request, "", status, started_s)
+
+    def _record(self, request: RequestHead | None, upstream: str, status: int, started_s: float) -> None:
+        duration_s = monotonic() - started_s
+        method = request.method if request is not None else b""
+        self.runtime.metrics.count_request(upstream, method, status, duration_s)
+        if _log.isEnabledFor(logging.INFO):
+            _log.info(
+                "request",
+                extra={
+                    "client": self.client_ip,
+                    "method": method.decode("ascii"),
+                    "host": request.host_name if request is not None else None,
+                    "target": request.target.decode("ascii") if request is not None else None,
+                    "status": status,
+                    "upstream": upstream or None,
+                    "duration_s": round(duration_s, 6),
+                },
+            )

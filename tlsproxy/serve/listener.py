@@ -1,0 +1,136 @@
+"""What the connections of one listener share: configuration, limits, routes, and the sweep over their deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from time import monotonic
+
+from hsm.pool import SignerPool
+from hsm.pool_request import SigningKey
+from tlsproxy.config import ListenerConfig, ListenerMode
+from tlsproxy.http.routing import Router
+from tlsproxy.serve.client import ClientConnection, Phase
+from tlsproxy.serve.counting import ListenerMetrics
+from tlsproxy.serve.http_connection import HttpConnection
+from tlsproxy.serve.tunnel import TunnelConnection
+from tlsproxy.serve.upstream import Upstream
+from tlsproxy.tls.context import TlsContext
+
+SWEEP_S = 1.0
+"""How often deadlines are looked at, and so how late they may take effect."""
+
+
+class ListenerRuntime:
+    """One listener in one process. It is the protocol factory for `loop.create_server`.
+
+    `signing_keys` by certificate name, `upstreams` by name. Belongs to one event loop.
+    """
+
+    def __init__(
+        self,
+        config: ListenerConfig,
+        *,
+        tls: TlsContext,
+        signing_keys: Mapping[str, SigningKey],
+        pool: SignerPool,
+        upstreams: Mapping[str, Upstream],
+        metrics: ListenerMetrics,
+    ) -> None:
+        self.config = config
+        self.name = str(config.address)
+        self.tls = tls
+        self.signing_keys = signing_keys
+        self.pool = pool
+        self.upstreams = upstreams
+        self.metrics = metrics
+        self.router = Router(config.routes)
+        self.draining = False
+        self._connection_class: type[ClientConnection] = (
+            HttpConnection if config.mode is ListenerMode.HTTP else TunnelConnection
+        )
+        self._open: set[ClientConnection] = set()
+        self._per_client: dict[str, int] = {}
+        self._handshakes = 0
+        self._request_id_prefix = os.urandom(8).hex().encode()
+        self._requests = 0
+        self._sweep_timer: asyncio.TimerHandle | None = None
+
+    def __call__(self) -> ClientConnection:
+        """Return the protocol for a connection just accepted."""
+        return self._connection_class(self)
+
+    @property
+    def connections(self) -> int:
+        """Client connections that are open."""
+        return len(self._open)
+
+    def start(self) -> None:
+        """Start looking at deadlines. Needs a running loop."""
+        self._sweep_timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+
+    def drain(self) -> None:
+        """Let requests under way end, and every connection with its last one; nothing new is to be accepted."""
+        self.draining = True
+        for connection in list(self._open):
+            if connection.phase is Phase.OPEN:
+                connection.drain()
+
+    def close(self) -> None:
+        """Cut off what is left, and stop looking at deadlines."""
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        for connection in list(self._open):
+            connection.abort()
+
+    # What connections call.
+
+    def admit(self, connection: ClientConnection) -> bool:
+        """Take a new connection on, or count that a limit refuses it."""
+        metrics = self.metrics
+        metrics.values[metrics.accepted] += 1.0
+        reached = self._limit_reached(connection.client_ip)
+        if reached is not None:
+            metrics.count_refused(reached)
+            return False
+        self._open.add(connection)
+        self._per_client[connection.client_ip] = self._per_client.get(connection.client_ip, 0) + 1
+        metrics.values[metrics.connections] += 1.0
+        self._handshakes += 1
+        metrics.values[metrics.handshakes_in_flight] += 1.0
+        return True
+
+    def handshake_ended(self) -> None:
+        """Count a handshake less under way."""
+        self._handshakes -= 1
+        self.metrics.values[self.metrics.handshakes_in_flight] -= 1.0
+
+    def release(self, connection: ClientConnection) -> None:
+        """Take a connection that is gone off the books."""
+        self._open.remove(connection)
+        left = self._per_client.pop(connection.client_ip) - 1
+        if left:
+            self._per_client[connection.client_ip] = left
+        self.metrics.values[self.metrics.connections] -= 1.0
+
+    def next_request_id(self) -> bytes:
+        """Return an id that no other request to this listener has."""
+        self._requests += 1
+        return b"%b-%x" % (self._request_id_prefix, self._requests)
+
+    def _limit_reached(self, client_ip: str) -> str | None:
+        limits = self.config.limits
+        if limits.connections and len(self._open) >= limits.connections:
+            return "connections"
+        if limits.connections_per_client and self._per_client.get(client_ip, 0) >= limits.connections_per_client:
+            return "connections_per_client"
+        if limits.handshakes and self._handshakes >= limits.handshakes:
+            return "handshakes"
+        return None
+
+    def _sweep(self) -> None:
+        self._sweep_timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+        now_s = monotonic()
+        for connection in [connection for connection in self._open if connection.deadline < now_s]:
+            connection.on_timeout(now_s)
