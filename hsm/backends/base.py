@@ -41,6 +41,11 @@ class Backend(abc.ABC):
     def signers(self) -> Sequence[Signer]:
         """One for each signature the token can make at a time."""
 
+    @property
+    def is_lost(self) -> bool:
+        """Nothing has helped for a while; a new process, which loads the token's library anew, might."""
+        return False
+
     @abc.abstractmethod
     def close(self) -> None:
         """Log out and let go of the token."""
