@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 
-from hsm.dispatch import TokenLoad, is_worth_waiting, predicted_wait_ns
+from hsm.token_load import TokenLoad, is_worth_waiting, predicted_wait_ns
 
 MS = 1_000_000
 SECOND = 1000 * MS
