@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def make_soft_token(directory: Path, keys: Mapping[str, KeyType] | None = None, 
 class WorkerProcess:
     """A real `python -m hsm.worker`. Its first status line has been read when the constructor returns."""
 
-    def __init__(self, directory: Path, **fields: Any) -> None:
+    def __init__(self, directory: Path, inherited_fds: Sequence[int] = (), **fields: Any) -> None:
         """Start it with a WorkerSpec of `fields`; its socket is `directory`/worker.sock."""
         self.socket_path = directory / "worker.sock"
         self.socket_path.unlink(missing_ok=True)
@@ -82,19 +82,26 @@ class WorkerProcess:
             spec = WorkerSpec(**common | fields)
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "hsm.worker", str(child_end.fileno())],
-                pass_fds=[listener.fileno(), writer, child_end.fileno()],
+                pass_fds=[child_end.fileno(), listener.fileno(), writer, *inherited_fds],
                 stderr=subprocess.PIPE,
             )
             self.parent_end.sendall(spec.to_json().encode() + b"\n")
         with os.fdopen(reader) as statuses:
             self.status: dict[str, Any] = json.loads(statuses.readline())
+        self._log = b""
 
     def stop(self) -> tuple[int, str]:
-        """End it with SIGTERM if it still runs; return its exit code and what it logged."""
+        """End it with SIGTERM; return its exit code and what it logged."""
         self.process.send_signal(signal.SIGTERM)
-        _, log = self.process.communicate(timeout=30)
-        self.parent_end.close()
-        return self.process.returncode, log.decode()
+        return self.wait()
+
+    def wait(self) -> tuple[int, str]:
+        """Wait for its end; return its exit code and what it logged. Again is no error."""
+        assert self.process.stderr is not None
+        if not self.process.stderr.closed:
+            self._log = self.process.communicate(timeout=30)[1]
+            self.parent_end.close()
+        return self.process.returncode, self._log.decode()
 
 
 @contextlib.contextmanager
@@ -113,9 +120,13 @@ class WorkerClient:
     def __init__(self, socket_path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(30)
-        self.socket.connect(str(socket_path))
         self._buffer = b""
-        self.hello = self._receive_hello()
+        try:
+            self.socket.connect(str(socket_path))
+            self.hello = self._receive_hello()
+        except BaseException:
+            self.socket.close()
+            raise
 
     def __enter__(self) -> WorkerClient:
         return self
