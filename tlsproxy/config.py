@@ -226,7 +226,11 @@ class Config:
     """Everything."""
 
     workers: int
+    """Proxy worker processes."""
     runtime_dir: Path
+    """Where the sockets between the processes live."""
+    drain_timeout_s: float
+    """How long connections may take to finish once the proxy is told to end."""
     log: LogConfig
     hsm: HsmConfig
     certificates: tuple[CertificateConfig, ...]

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
+from hsm.keyreference import KeyReference
 from tlsproxy.config import (
     Address,
     AdminConfig,
@@ -84,6 +85,7 @@ def _config(root: MappingReader, directory: Path) -> Config:
     config = Config(
         workers=root.optional("workers", _workers, _cores()),
         runtime_dir=root.optional("runtime_dir", Value.path_name, directory / "run"),
+        drain_timeout_s=root.optional("drain_timeout", lambda value: value.duration(0.1, 86400), 30.0),
         log=LogConfig(
             level=log.optional("level", lambda value: value.choice(LogLevel), LogLevel.INFO),
             format=log.optional("format", lambda value: value.choice(LogFormat), LogFormat.JSON),
@@ -169,12 +171,22 @@ def _certificate(value: Value, all_tokens: tuple[str, ...]) -> CertificateConfig
     certificate = CertificateConfig(
         name=reader.required("name", _name, ""),
         chain_file=reader.required("chain_file", Value.path_name, Path()),
-        key=reader.required("key", lambda item: item.text("a key's label"), ""),
+        key=reader.required("key", _key, ""),
         tokens=reader.optional("tokens", lambda item: item.each(_name, at_least=1), all_tokens),
         origin=value.origin,
     )
     reader.finish()
     return certificate
+
+
+def _key(value: Value) -> str:
+    text = value.text("a key's label or a pkcs11: URI")
+    try:
+        KeyReference.parse(text)
+    except ValueError as error:
+        value.note(str(error))
+        raise InvalidValueError from None
+    return text
 
 
 def _listener(value: Value) -> ListenerConfig:

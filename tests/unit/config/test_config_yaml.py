@@ -58,6 +58,7 @@ def test_every_key() -> None:
         """\
 workers: 3
 runtime_dir: /run/tlsproxy
+drain_timeout: 5s
 log: {level: debug, format: text}
 hsm:
   sign_deadline: 500ms
@@ -86,7 +87,7 @@ upstreams:
 admin: {address: 127.0.0.1:9900}
 """
     )
-    assert config.workers == 3
+    assert (config.workers, config.runtime_dir, config.drain_timeout_s) == (3, Path("/run/tlsproxy"), 5)
     assert (config.hsm.sign_deadline_s, config.hsm.max_pending) == (0.5, 7)
     soft, pkcs11 = config.hsm.tokens
     assert (soft.kind, soft.pin_env, soft.pin_file, soft.workers) == (TokenKind.SOFT, "SOFT_PIN", None, 2)
