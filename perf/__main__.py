@@ -1,0 +1,25 @@
+"""`python -m perf SUBCOMMAND`: see perf/README.md for the method and its limits."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from perf import handshakes, storm
+
+
+def main() -> int:
+    """Parse the command line and run one measurement."""
+    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
+    subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
+    for name, module in {"handshakes": handshakes, "storm": storm}.items():
+        summary = (module.__doc__ or "").partition("\n")[0]
+        subparser = subcommands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    arguments = parser.parse_args()
+    return int(arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
