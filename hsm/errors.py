@@ -54,3 +54,7 @@ class TokenFileError(HsmError):
 
 class TokenConfigError(HsmError):
     """What the configuration says of a token cannot be: no PIN file, no such module. The message names the place."""
+
+
+class WorkerFailed(HsmError):
+    """A token's worker does not come up. The message is the worker's own."""

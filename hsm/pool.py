@@ -31,7 +31,7 @@ class SignerPool:
         from hsm.launcher import SoftToken, open_pool
         from hsm.messages import SignatureScheme
 
-        async with open_pool([SoftToken("local", path="token", pin_file="token.pin")]) as pool:
+        async with open_pool([SoftToken(name="local", path="token", pin_file="token.pin")]) as pool:
             signature = await pool.sign("www", SignatureScheme.ECDSA_SECP256R1_SHA256, tbs)
             print(len(signature.value), signature.token, signature.queue_s, signature.sign_s)
 

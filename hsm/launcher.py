@@ -1,0 +1,184 @@
+"""Starts the workers of a token, keeps them running, and ends them.
+
+Each worker has a listening Unix socket that is made here and outlives it: a client's connection waits in the socket's
+backlog while the worker is replaced. A worker learns what it is to do over an inherited socket pair, never from its
+command line, and takes the closing of that pair as the death of its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import socket
+import stat
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hsm.errors import TokenConfigError
+from hsm.messages import KeyInfo
+from hsm.metricstore import create_store
+from hsm.pool import SignerPool, TokenEndpoints
+from hsm.worker_process import WorkerProcess
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAX_SOCKET_PATH_BYTES = 107
+_BACKLOG = 512
+_READY_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoftToken:
+    """A soft token: its file and where its PIN is. Each worker signs with one core."""
+
+    kind: ClassVar[str] = "soft"
+    name: str
+    path: str
+    pin_file: str | None = None
+    pin_env: str | None = None
+    workers: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pkcs11Token:
+    """A token behind a PKCS#11 library, found by label, serial number or slot."""
+
+    kind: ClassVar[str] = "pkcs11"
+    name: str
+    module: str
+    token_label: str | None = None
+    token_serial: str | None = None
+    slot: int | None = None
+    pin_file: str | None = None
+    pin_env: str | None = None
+    sessions: int = 1
+    workers: int = 1
+
+
+class WorkerGroup:
+    """The workers of one token, and their sockets in a directory that only this user can enter."""
+
+    def __init__(self, token: SoftToken | Pkcs11Token, directory: str) -> None:
+        """Make the sockets, in `directory` (made with mode 0700 if it is not there).
+
+        Raises TokenConfigError, and OSError when a socket cannot be made.
+        """
+        if not _NAME.fullmatch(token.name):
+            raise TokenConfigError(f"token name {token.name!r}: expected letters, digits and ._- (at most 64)")
+        _make_private(directory)
+        self.token = token
+        self._paths = [os.path.join(directory, f"{token.name}-{n}.sock") for n in range(token.workers)]
+        self._listeners = [_listen(path) for path in self._paths]
+        self.metric_fds = tuple(create_store() for _ in self._paths)
+        """The workers' MetricStores: they last as long as the group, whatever happens to a worker."""
+        fields = _spec_fields(token)
+        self._workers = [
+            WorkerProcess(fields | {"listen_fd": listener.fileno(), "metrics_fd": metrics_fd})
+            for listener, metrics_fd in zip(self._listeners, self.metric_fds, strict=True)
+        ]
+
+    @property
+    def endpoints(self) -> TokenEndpoints:
+        """What a SignerPool needs to know."""
+        return TokenEndpoints(self.token.name, tuple(self._paths))
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of the workers that run now."""
+        return tuple(worker.pid for worker in self._workers if worker.pid is not None)
+
+    @property
+    def keys(self) -> tuple[KeyInfo, ...]:
+        """The keys that the worker which came up last has announced."""
+        return max(self._workers, key=lambda worker: worker.ready_at_s).keys
+
+    @property
+    def failure(self) -> str | None:
+        """Why a worker failed for good and is not started again, in its own words; None while none has."""
+        return next((worker.failure for worker in self._workers if worker.failure is not None), None)
+
+    def start(self) -> None:
+        """Start the workers; return at once."""
+        for worker in self._workers:
+            worker.start()
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Wait until all workers have opened the token.
+
+        Raises WorkerFailed when one failed for good, or is not ready in time.
+        """
+        for worker in self._workers:
+            await worker.wait_ready(timeout_s)
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """End the workers, with SIGTERM and after `grace_s` with SIGKILL, and take the sockets away."""
+        for worker in self._workers:
+            worker.terminate()
+        for worker in self._workers:
+            await worker.stop(grace_s)
+        for listener, path in zip(self._listeners, self._paths, strict=True):
+            listener.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        for fd in self.metric_fds:
+            os.close(fd)
+
+
+@contextlib.asynccontextmanager
+async def open_pool(tokens: Sequence[SoftToken | Pkcs11Token], **options: Any) -> AsyncIterator[SignerPool]:
+    """Start the workers of `tokens` and give a SignerPool of them (with its `options`) while the context lasts.
+
+    Raises TokenConfigError, WorkerFailed and SignerUnavailable.
+    """
+    with tempfile.TemporaryDirectory(prefix="hsm-") as directory:
+        groups = [WorkerGroup(token, directory) for token in tokens]
+        try:
+            for group in groups:
+                group.start()
+            for group in groups:
+                await group.wait_ready(_READY_TIMEOUT_S)
+            async with SignerPool([group.endpoints for group in groups], **options) as pool:
+                await pool.wait_ready(_READY_TIMEOUT_S)
+                yield pool
+        finally:
+            for group in groups:
+                await group.stop()
+
+
+def _spec_fields(token: SoftToken | Pkcs11Token) -> dict[str, Any]:
+    """Return the fields of a WorkerSpec that say which token."""
+    fields = dataclasses.asdict(token)
+    del fields["workers"]
+    return {"token": fields.pop("name"), "kind": token.kind, "allowed_uid": os.getuid(), **fields}
+
+
+def _make_private(directory: str) -> None:
+    """Make `directory`, or see that nobody but this user can reach what is in it."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(directory, 0o700)
+    found = os.lstat(directory)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        mode = stat.S_IMODE(found.st_mode)
+        raise TokenConfigError(
+            f"{directory}: expected a directory of uid {os.geteuid()} with mode 0700; "
+            f"got {stat.filemode(found.st_mode)[0]!r}, uid {found.st_uid}, mode {mode:04o}"
+        )
+
+
+def _listen(path: str) -> socket.socket:
+    if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
+        raise TokenConfigError(f"{path}: expected a path of at most {_MAX_SOCKET_PATH_BYTES} bytes for a Unix socket")
+    Path(path).unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(path)
+        os.chmod(path, 0o600)
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
