@@ -1,0 +1,7 @@
+"""`python -m tlsproxy`."""
+
+import sys
+
+from tlsproxy.cli import main
+
+sys.exit(main())

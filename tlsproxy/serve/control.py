@@ -1,0 +1,105 @@
+"""What passes between the supervisor and a proxy worker, over one socket pair.
+
+Down go pickled commands: the worker trusts the supervisor, which is its parent. Up go short JSON lines: a proxy worker
+faces the network, so what it says is parsed as if an attacker had written it.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import pickle
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hsm.pool import TokenEndpoints
+from tlsproxy.config import Config
+from tlsproxy.tls.context import TicketKey
+
+MAX_STATUS_BYTES = 4096
+_LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyWorkerSpec:
+    """The first command: all that a proxy worker needs to serve."""
+
+    index: int
+    config: Config
+    chains: Mapping[str, bytes] = field(repr=False)
+    """PEM text by certificate name: read by the supervisor, so that all workers serve the same."""
+    listener_fds: tuple[int, ...]
+    """A listening socket for each of `config.listeners`, inherited."""
+    tokens: tuple[TokenEndpoints, ...]
+    metrics_fd: int
+    ticket_keys: tuple[TicketKey, ...]
+    """The first encrypts, all decrypt."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewTicketKeys:
+    """Use these session ticket keys from now on."""
+
+    keys: tuple[TicketKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Stop accepting, finish what is under way within `deadline_s` seconds, exit."""
+
+    deadline_s: float
+
+
+Command = ProxyWorkerSpec | NewTicketKeys | Drain
+
+
+def encode_command(command: Command) -> bytes:
+    """Return the command's frame."""
+    body = pickle.dumps(command)
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode_commands(buffer: bytearray) -> list[Command]:
+    """Take every whole command from the start of `buffer`."""
+    commands: list[Command] = []
+    while len(buffer) >= _LENGTH.size:
+        (length,) = _LENGTH.unpack_from(buffer)
+        end = _LENGTH.size + length
+        if len(buffer) < end:
+            break
+        commands.append(pickle.loads(bytes(buffer[_LENGTH.size : end])))  # noqa: S301  # from the parent process
+        del buffer[:end]
+    return commands
+
+
+class State(str, enum.Enum):
+    """What a proxy worker says of itself."""
+
+    READY = "ready"
+    """It accepts connections."""
+    FAILED = "failed"
+    """It cannot serve and ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """One line from a proxy worker."""
+
+    state: State
+    error: str = ""
+
+    def to_line(self) -> bytes:
+        """Return the JSON line."""
+        return json.dumps({"state": self.state.value, "error": self.error[:1024]}).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Status:
+        """Return the status in `line`. Raises ValueError for anything a worker of this version doesn't send."""
+        try:
+            document = json.loads(line)
+        except RecursionError:
+            raise ValueError("expected a flat JSON object") from None
+        if not isinstance(document, dict) or not isinstance(document.get("error"), str):
+            raise ValueError("expected a JSON object with the keys state and error")
+        return cls(State(document.get("state")), document["error"])

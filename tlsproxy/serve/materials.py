@@ -1,0 +1,119 @@
+"""What the configuration refers to: certificate chains, and the public keys that must go with them.
+
+Everything found wrong here is a Problem at the place in the configuration that refers to it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hsm.errors import HsmError
+from hsm.keyreference import KeyReference
+from hsm.messages import KeyInfo
+from hsm.vault import read_public_keys
+from tlsproxy.config import CertificateConfig, Config, TokenConfig
+from tlsproxy.errors import ConfigError, Problem
+from tlsproxy.tls.certificates import Certificate, CertificateError, load_chain
+from tlsproxy.tls.context import TlsContext
+
+MAX_CHAIN_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """A configured certificate with its chain as read."""
+
+    config: CertificateConfig
+    certificate: Certificate
+    pem: bytes = field(repr=False)
+
+
+def load_materials(config: Config) -> dict[str, Material]:
+    """Read every certificate chain; return them by name. Raises ConfigError with all problems."""
+    materials = {}
+    problems = []
+    for certificate_config in config.certificates:
+        found = _load(certificate_config)
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            materials[certificate_config.name] = found
+    if problems:
+        raise ConfigError(problems)
+    return materials
+
+
+def _load(config: CertificateConfig) -> Material | Problem:
+    def problem(message: str) -> Problem:
+        return config.origin.problem("chain_file", f"{config.chain_file}: {message}")
+
+    try:
+        with config.chain_file.open("rb") as file:
+            pem = file.read(MAX_CHAIN_BYTES + 1)
+    except OSError as error:
+        return problem(f"expected a readable file; got {error.strerror}")
+    if len(pem) > MAX_CHAIN_BYTES:
+        return problem(f"expected at most {MAX_CHAIN_BYTES} bytes; got more")
+    try:
+        certificate = load_chain(config.name, pem, str(config.chain_file))
+        TlsContext([certificate])
+    except CertificateError as error:
+        return problem(error.message)
+    return Material(config, certificate, pem)
+
+
+def check_tokens(config: Config, materials: Mapping[str, Material]) -> None:
+    """Check what can be checked of the tokens without a PIN. Raises ConfigError with all problems.
+
+    A soft token's file tells its public keys to everyone; what a PKCS#11 token holds is known only once its worker has
+    logged in.
+    """
+    problems: list[Problem] = []
+    readable: dict[str, Sequence[KeyInfo]] = {}
+    for token in config.hsm.tokens:
+        problems += _pin_problems(token)
+        if token.module is not None and not token.module.is_file():
+            problems.append(
+                token.origin.problem("module", f"{token.module}: expected a PKCS#11 library; got no such file")
+            )
+        if token.path is not None:
+            try:
+                readable[token.name] = read_public_keys(str(token.path))
+            except HsmError as error:
+                problems.append(token.origin.problem("path", str(error)))
+    problems += key_problems(materials.values(), readable)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _pin_problems(token: TokenConfig) -> Iterable[Problem]:
+    """The value stays out of the message: a PIN may have been written there by mistake."""
+    if token.pin_file is not None and not Path(token.pin_file).is_file():
+        yield token.origin.problem("pin_file", "expected a file; got none of that name")
+    if token.pin_env is not None and not os.environ.get(token.pin_env):
+        yield token.origin.problem("pin_env", "expected an environment variable that is set; got one that is not")
+
+
+def key_problems(materials: Iterable[Material], tokens: Mapping[str, Sequence[KeyInfo]]) -> list[Problem]:
+    """Compare each certificate's public key with the key it names in each of its tokens, of those given."""
+    problems = []
+    for material in materials:
+        reference = KeyReference.parse(material.config.key)
+        for token in material.config.tokens:
+            if token not in tokens:
+                continue
+            found = [key for key in tokens[token] if reference.matches(key)]
+            if not found:
+                labels = ", ".join(sorted(key.label for key in tokens[token])) or "no key"
+                message = f"expected a key that token {token!r} has ({labels}); got {material.config.key!r}"
+                problems.append(material.config.origin.problem("key", message))
+            elif all(key.public_key != material.certificate.public_key for key in found):
+                message = (
+                    f"expected the key of {material.config.chain_file} ({material.certificate.key_type.value}); got "
+                    f"another one ({found[0].key_type.value}) under {material.config.key!r} in token {token!r}"
+                )
+                problems.append(material.config.origin.problem("key", message))
+    return problems

@@ -1,0 +1,170 @@
+"""A proxy worker process as the supervisor sees it: started, listened to, started again when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
+
+from hsm.metricstore import MetricStore, create_store
+from tlsproxy.errors import StartupError
+from tlsproxy.serve.control import (
+    MAX_STATUS_BYTES,
+    Command,
+    Drain,
+    ProxyWorkerSpec,
+    State,
+    Status,
+    encode_command,
+)
+
+READY_TIMEOUT_S = 30.0
+_FIRST_BACKOFF_S = 0.1
+_MAX_BACKOFF_S = 5.0
+_HEALTHY_AFTER_S = 10.0
+"""A worker that has run so long was sound: its end starts the back-off anew."""
+_EXIT_GRACE_S = 2.0
+
+_logger = logging.getLogger("tlsproxy.supervisor")
+
+
+class ProxyWorker:
+    """One of N workers. Its listening sockets and its metrics live here, so its successor goes on with both."""
+
+    def __init__(
+        self,
+        index: int,
+        listeners: Sequence[socket.socket],
+        make_spec: Callable[[ProxyWorker], ProxyWorkerSpec],
+        environment: Mapping[str, str],
+        on_restart: Callable[[], None],
+    ) -> None:
+        """`make_spec` is asked at each start, `on_restart` called before each start but the first."""
+        self.index = index
+        self.listeners = tuple(listeners)
+        self.metrics_fd = create_store()
+        self.pid: int | None = None
+        self.ready = False
+        self._make_spec = make_spec
+        self._environment = environment
+        self._on_restart = on_restart
+        self._first_status: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+        self._stopping = False
+        self._process: asyncio.subprocess.Process | None = None
+        self._commands: asyncio.StreamWriter | None = None
+        self._task = asyncio.create_task(self._keep_running())
+
+    async def wait_started(self) -> None:
+        """Wait until the first process accepts connections. Raises StartupError if it can't."""
+        try:
+            status = await asyncio.wait_for(asyncio.shield(self._first_status), READY_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise StartupError(f"proxy worker {self.index} did not start within {READY_TIMEOUT_S:.0f} s") from None
+        if status.state is not State.READY:
+            raise StartupError(f"proxy worker {self.index}: {status.error}")
+
+    def send(self, command: Command) -> None:
+        """Send a command to the process, if there is one; a later one gets the news from its specification."""
+        if self._commands is not None:
+            self._commands.write(encode_command(command))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let the process finish what is under way, for `timeout_s` at most; start no other."""
+        self._stopping = True
+        self.ready = False
+        self.send(Drain(timeout_s))
+        if self._process is None:
+            self._task.cancel()
+        await asyncio.wait([self._task], timeout=timeout_s + _EXIT_GRACE_S)
+
+    async def close(self) -> None:
+        """End the process at once and let go of sockets and metrics."""
+        self._stopping = True
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        for listener in self.listeners:
+            listener.close()
+        os.close(self.metrics_fd)
+
+    async def _keep_running(self) -> None:
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            started = monotonic()
+            await self._run_once()
+            if not self._first_status.done():
+                self._first_status.set_result(Status(State.FAILED, "ended before it was ready"))
+            if self._stopping:
+                return
+            if monotonic() - started > _HEALTHY_AFTER_S:
+                backoff_s = _FIRST_BACKOFF_S
+            await asyncio.sleep(backoff_s * random.uniform(0.8, 1.2))  # noqa: S311  # no secret
+            backoff_s = min(backoff_s * 2, _MAX_BACKOFF_S)
+            self._on_restart()
+
+    async def _run_once(self) -> None:
+        """Run one process to its end. On cancellation it is killed."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "tlsproxy.serve.worker",
+                str(theirs.fileno()),
+                pass_fds=[theirs.fileno(), self.metrics_fd, *(listener.fileno() for listener in self.listeners)],
+                stdin=asyncio.subprocess.DEVNULL,
+                env=self._environment,
+            )
+        self._process = process
+        self.pid = process.pid
+        reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_STATUS_BYTES)
+        self._commands = writer
+        listening = asyncio.create_task(self._listen(reader, process))
+        try:
+            self.send(self._make_spec(self))
+            code = await process.wait()
+            if not self._stopping:
+                _logger.error("proxy worker ended", extra={"worker": self.index, "pid": process.pid, "code": code})
+        finally:
+            listening.cancel()
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+            self.ready = False
+            self.pid = self._process = self._commands = None
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+            self._zero_gauges()
+
+    async def _listen(self, reader: asyncio.StreamReader, process: asyncio.subprocess.Process) -> None:
+        """Take the worker's word. One that doesn't keep to the protocol is not to be trusted with clients either."""
+        try:
+            while line := await reader.readline():
+                status = Status.from_line(line)
+                self.ready = status.state is State.READY and not self._stopping
+                if status.state is State.FAILED:
+                    _logger.error("proxy worker failed", extra={"worker": self.index, "error": status.error})
+                if not self._first_status.done():
+                    self._first_status.set_result(status)
+        except ConnectionError:
+            return
+        except ValueError as error:
+            _logger.error("proxy worker broke the protocol", extra={"worker": self.index, "error": str(error)})
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+
+    def _zero_gauges(self) -> None:
+        """Nothing is in flight in a process that is gone: opening its store says so. A spoilt store is replaced."""
+        fd = os.dup(self.metrics_fd)
+        try:
+            MetricStore(fd).close()
+        except ValueError:
+            os.close(fd)
+            os.close(self.metrics_fd)
+            self.metrics_fd = create_store()

@@ -1,0 +1,220 @@
+"""A proxy worker: `python -m tlsproxy.serve.worker FD`, the process that serves clients. It holds no private key.
+
+FD is its end of the supervisor's control socket (serve.control). What it serves is told there, once; it ends when it
+is told to drain, on SIGTERM, or when the supervisor is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from time import monotonic
+
+import uvloop
+
+from hsm.metricstore import MetricStore
+from hsm.pool import SignerPool
+from tlsproxy import metrics
+from tlsproxy.config import ListenerMode
+from tlsproxy.serve import logs
+from tlsproxy.serve.control import Drain, NewTicketKeys, ProxyWorkerSpec, State, Status, decode_commands
+from tlsproxy.serve.counting import ListenerMetrics, UpstreamMetrics
+from tlsproxy.serve.listener import ListenerRuntime
+from tlsproxy.serve.upstream import Upstream
+from tlsproxy.tls.certificates import Certificate, load_chain
+from tlsproxy.tls.context import TlsContext, TlsProfile
+
+_ORPHAN_DRAIN_S = 5.0
+"""How long connections may take to finish once the supervisor is gone: nobody else will end this process."""
+_DRAIN_POLL_S = 0.05
+_LAG_INTERVAL_S = 0.25
+_UPSTREAM_SWEEP_S = 1.0
+_MAX_SPEC_READ = 1 << 16
+
+_logger = logging.getLogger("tlsproxy.worker")
+
+
+class Worker:
+    """Everything one process serves."""
+
+    def __init__(self, spec: ProxyWorkerSpec) -> None:
+        """Build it all; nothing is accepted yet. Raises CertificateError."""
+        self._spec = spec
+        config = spec.config
+        self._store = MetricStore(spec.metrics_fd)
+        self.pool = SignerPool(
+            spec.tokens,
+            sign_deadline_s=config.hsm.sign_deadline_s,
+            max_pending=config.hsm.max_pending,
+            metrics=self._store,
+        )
+        self._upstreams = {
+            upstream.name: Upstream(upstream, UpstreamMetrics(self._store, upstream.name))
+            for upstream in config.upstreams
+        }
+        certificates = {
+            item.name: load_chain(item.name, spec.chains[item.name], str(item.chain_file))
+            for item in config.certificates
+        }
+        signing_keys = {
+            item.name: self.pool.key(item.key, item.tokens, certificates[item.name].public_key)
+            for item in config.certificates
+        }
+        self._listeners = []
+        for listener in config.listeners:
+            tls = self._tls_context(
+                [certificates[name] for name in listener.certificates],
+                TlsProfile(listener.profile.value),
+                listener.mode,
+            )
+            self._listeners.append(
+                ListenerRuntime(
+                    listener,
+                    tls=tls,
+                    signing_keys={name: signing_keys[name] for name in listener.certificates},
+                    pool=self.pool,
+                    upstreams=self._upstreams,
+                    metrics=ListenerMetrics(self._store, str(listener.address)),
+                )
+            )
+        self._lag = self._store.histogram(metrics.EVENT_LOOP_LAG)
+        self._servers: list[asyncio.Server] = []
+        self._periodic: list[asyncio.Task[None]] = []
+
+    def _tls_context(self, certificates: Sequence[Certificate], profile: TlsProfile, mode: ListenerMode) -> TlsContext:
+        protocols = (b"http/1.1",) if mode is ListenerMode.HTTP else ()
+        context = TlsContext(certificates, profile=profile, alpn_protocols=protocols)
+        context.set_ticket_keys(self._spec.ticket_keys)
+        return context
+
+    async def start(self) -> None:
+        """Accept connections, on the sockets inherited."""
+        await self.pool.start()
+        loop = asyncio.get_running_loop()
+        for runtime, fd in zip(self._listeners, self._spec.listener_fds, strict=True):
+            runtime.start()
+            self._servers.append(await loop.create_server(runtime, sock=socket.socket(fileno=fd)))
+        self._periodic = [asyncio.create_task(self._measure_lag()), asyncio.create_task(self._sweep_upstreams())]
+
+    def set_ticket_keys(self, command: NewTicketKeys) -> None:
+        """Use other session ticket keys on every listener."""
+        for runtime in self._listeners:
+            runtime.tls.set_ticket_keys(command.keys)
+
+    async def drain(self, deadline_s: float) -> None:
+        """Accept no more, let what is under way finish for `deadline_s` at most, cut off the rest."""
+        for server in self._servers:
+            server.close()
+        for runtime in self._listeners:
+            runtime.drain()
+        deadline = monotonic() + deadline_s
+        # Polled: this happens once, whereas an event would be paid for by every connection that closes.
+        while (left := sum(runtime.connections for runtime in self._listeners)) and monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(_DRAIN_POLL_S)
+        if left:
+            _logger.warning("drain timed out, connections cut off", extra={"connections": left})
+        for task in self._periodic:
+            task.cancel()
+        for runtime in self._listeners:
+            runtime.close()
+        for upstream in self._upstreams.values():
+            upstream.close()
+        await self.pool.close()
+
+    async def _measure_lag(self) -> None:
+        while True:
+            expected = monotonic() + _LAG_INTERVAL_S
+            await asyncio.sleep(_LAG_INTERVAL_S)
+            self._lag.observe(max(0.0, monotonic() - expected))
+
+    async def _sweep_upstreams(self) -> None:
+        while True:
+            await asyncio.sleep(_UPSTREAM_SWEEP_S)
+            for upstream in self._upstreams.values():
+                upstream.sweep(monotonic())
+
+
+async def _serve(spec: ProxyWorkerSpec, control: socket.socket, received: bytearray) -> None:
+    worker = Worker(spec)
+    await worker.start()
+    reader, writer = await asyncio.open_connection(sock=control)
+    writer.write(Status(State.READY).to_line())
+    deadline_s = await _wait_for_drain(worker, reader, received, spec.config.drain_timeout_s)
+    await worker.drain(deadline_s)
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
+async def _wait_for_drain(
+    worker: Worker, reader: asyncio.StreamReader, received: bytearray, own_deadline_s: float
+) -> float:
+    """Obey the supervisor until it is time to end; return how long connections may take to finish."""
+    drain: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+    def end_within(seconds: float) -> None:
+        if not drain.done():
+            drain.set_result(seconds)
+
+    async def obey() -> None:
+        data = b""
+        while True:
+            received.extend(data)
+            for command in decode_commands(received):
+                if isinstance(command, NewTicketKeys):
+                    worker.set_ticket_keys(command)
+                elif isinstance(command, Drain):
+                    end_within(command.deadline_s)
+            data = await reader.read(_MAX_SPEC_READ)
+            if not data:
+                end_within(_ORPHAN_DRAIN_S)
+                return
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end_within, own_deadline_s)
+    obeying = asyncio.create_task(obey())
+    try:
+        return await drain
+    finally:
+        obeying.cancel()
+
+
+def _receive_spec(control: socket.socket) -> tuple[ProxyWorkerSpec, bytearray]:
+    """Return the specification, and what has come after it. Raises EOFError if the supervisor is gone."""
+    received = bytearray()
+    while True:
+        data = control.recv(_MAX_SPEC_READ)
+        if not data:
+            raise EOFError
+        received += data
+        for command in decode_commands(received):
+            assert isinstance(command, ProxyWorkerSpec)
+            return command, received
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the worker; return its exit code."""
+    # Ctrl-C in a terminal reaches the whole process group; the supervisor decides when a worker ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = socket.socket(fileno=int(arguments[0]))
+    try:
+        spec, received = _receive_spec(control)
+    except (EOFError, OSError):
+        return 1
+    logs.configure(spec.config.log, f"proxy-{spec.index}")
+    try:
+        uvloop.run(_serve(spec, control, received))
+    except Exception as error:
+        _logger.exception("proxy worker failed")
+        with contextlib.suppress(OSError):
+            control.sendall(Status(State.FAILED, f"{type(error).__name__}: {error}").to_line())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
