@@ -22,9 +22,6 @@
     "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:"                         \
     "ECDHE-RSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-RSA-CHACHA20-POLY1305"
 #define GROUPS "X25519:P-256:P-384"
-/* Those of hsm.messages.SignatureScheme. */
-#define SIGNATURE_SCHEMES                                                                                              \
-    "ECDSA+SHA256:ECDSA+SHA384:RSA-PSS+SHA256:RSA-PSS+SHA384:RSA-PSS+SHA512:RSA+SHA256:RSA+SHA384:RSA+SHA512"
 #define OUTPUT_MIN_BYTES 4096U
 #define SECURITY_LEVEL 2 /* 112 bits: what Mozilla's guidelines and Debian ask for */
 
@@ -259,7 +256,7 @@ static int bind_tickets(SSL_CTX *ctx, const unsigned char *leaf, size_t leaf_len
 }
 
 SSL_CTX *tls_context_new(const unsigned char *const *chain, const size_t *chain_len, size_t count, unsigned int handle,
-                         int min_version, const struct tls_settings *settings) {
+                         int min_version, int max_version, const char *schemes, const struct tls_settings *settings) {
     SSL_CTX *ctx;
 
     ERR_clear_error();
@@ -275,8 +272,9 @@ SSL_CTX *tls_context_new(const unsigned char *const *chain, const size_t *chain_
     SSL_CTX_set_tlsext_ticket_key_evp_cb(ctx, on_ticket);
     if (settings->alpn != NULL)
         SSL_CTX_set_alpn_select_cb(ctx, on_alpn, NULL);
-    if (SSL_CTX_set_min_proto_version(ctx, min_version) == 1 && SSL_CTX_set_ciphersuites(ctx, CIPHERS_TLS13) == 1 &&
-        SSL_CTX_set_cipher_list(ctx, CIPHERS_TLS12) == 1 && SSL_CTX_set1_sigalgs_list(ctx, SIGNATURE_SCHEMES) == 1 &&
+    if (SSL_CTX_set_min_proto_version(ctx, min_version) == 1 && SSL_CTX_set_max_proto_version(ctx, max_version) == 1 &&
+        SSL_CTX_set_ciphersuites(ctx, CIPHERS_TLS13) == 1 && SSL_CTX_set_cipher_list(ctx, CIPHERS_TLS12) == 1 &&
+        SSL_CTX_set1_sigalgs_list(ctx, schemes) == 1 &&
         (SSL_CTX_set1_groups_list(ctx, "X25519MLKEM768:" GROUPS) == 1 || SSL_CTX_set1_groups_list(ctx, GROUPS) == 1) &&
         SSL_CTX_set_num_tickets(ctx, 1) == 1 && bind_tickets(ctx, chain[0], chain_len[0]) &&
         use_chain(ctx, chain, chain_len, count, handle)) {
@@ -314,11 +312,16 @@ void tls_connection_free(struct tls_connection *connection) {
     if (connection->ssl == NULL)
         return;
     if (connection->sign.state == HSM_SIGN_WANTED) {
-        /* SSL_free alone would keep the job, its stack and all it holds: it must return first. */
+        /* SSL_free alone would keep the job, its stack and all it holds: it must return first. The alert it ends with
+         * is not for the client, who gets what was there before. */
+        size_t output_len = connection->output_len;
+        int alert_sent = connection->alert_sent;
         connection->sign.state = HSM_SIGN_CANCELLED;
         connection->input_len = 0;
         hsm_enter(&connection->sign);
         (void)SSL_do_handshake(connection->ssl);
+        connection->output_len = output_len;
+        connection->alert_sent = alert_sent;
     }
     SSL_free(connection->ssl);
     connection->ssl = NULL;
@@ -345,6 +348,8 @@ enum tls_status tls_handshake(struct tls_connection *connection) {
         return TLS_WANT_CERTIFICATE;
     case SSL_ERROR_WANT_ASYNC:
         return TLS_WANT_SIGNATURE;
+    case SSL_ERROR_ZERO_RETURN:
+        return TLS_CLOSE_NOTIFY;
     default:
         return TLS_FAILED;
     }
@@ -355,7 +360,9 @@ int tls_use_context(struct tls_connection *connection, SSL_CTX *ctx) {
     OPENSSL_free(connection->hello);
     connection->hello = NULL;
     ERR_clear_error();
-    return SSL_set_SSL_CTX(connection->ssl, ctx) != NULL;
+    /* SSL_set_SSL_CTX takes over the certificate, not the versions. */
+    return SSL_set_SSL_CTX(connection->ssl, ctx) != NULL &&
+           SSL_set_max_proto_version(connection->ssl, SSL_CTX_get_max_proto_version(ctx)) == 1;
 }
 
 void tls_output_taken(struct tls_connection *connection) {

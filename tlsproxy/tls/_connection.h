@@ -77,9 +77,10 @@ struct tls_connection {
 int tls_library_init(void);
 
 /* A server context for one certificate chain (DER, leaf first) whose key the signer knows by `handle`, for protocol
- * versions from `min_version` (TLS1_2_VERSION, TLS1_3_VERSION). NULL on failure (the error queue says why). */
+ * versions TLS1_2_VERSION and TLS1_3_VERSION, or one of them. `schemes`: IANA names, with colons between, in order of
+ * preference. NULL on failure (the error queue says why). */
 SSL_CTX *tls_context_new(const unsigned char *const *chain, const size_t *chain_len, size_t count, unsigned int handle,
-                         int min_version, const struct tls_settings *settings);
+                         int min_version, int max_version, const char *schemes, const struct tls_settings *settings);
 
 /* Fills `connection`. Returns 1, or 0 when out of memory. */
 int tls_connection_init(struct tls_connection *connection, SSL_CTX *ctx, const struct tls_settings *settings);

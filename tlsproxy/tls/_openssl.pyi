@@ -33,9 +33,18 @@ class Settings:
         """Names, AES keys and HMAC keys (16, 32, 32 bytes); the first encrypts. Raises ValueError."""
 
 class Context:
-    """A certificate chain (DER, leaf first) whose key the signer knows by `handle`. Raises OpenSSLError, ValueError."""
+    """A certificate chain (DER, leaf first) whose key the signer knows by `handle`; `schemes` as IANA names, with
+    colons between them, in order of preference. Raises OpenSSLError, ValueError."""
 
-    def __init__(self, chain: tuple[bytes, ...], handle: int, min_version: int, settings: Settings) -> None: ...
+    def __init__(
+        self,
+        chain: tuple[bytes, ...],
+        handle: int,
+        min_version: int,
+        max_version: int,
+        schemes: bytes,
+        settings: Settings,
+    ) -> None: ...
 
 class Connection:
     """One server-side connection. Statuses are the module's constants. ValueError on any use after free()."""
@@ -53,7 +62,7 @@ class Connection:
     def feed(self, data: bytes) -> None:
         """Add ciphertext to what was not consumed yet."""
     def handshake(self) -> int:
-        """OK, WANT_DATA, WANT_CERTIFICATE, WANT_SIGNATURE or FAILED."""
+        """OK, WANT_DATA, WANT_CERTIFICATE, WANT_SIGNATURE, CLOSE_NOTIFY or FAILED."""
     def client_hello(self) -> tuple[int, bytes, bytes | None, bytes | None, bytes | None, bytes | None, bytes | None]:
         """legacy_version, cipher_suites, then the bodies of the extensions server_name, signature_algorithms,
         supported_groups, supported_versions and ALPN: None where absent."""

@@ -5,6 +5,7 @@ Nothing here decides anything: engine.py holds the rules, _connection.c the call
 calling thread, with the GIL; an object belongs to one thread.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
 from libc.string cimport memcpy, memset
@@ -97,7 +98,8 @@ cdef extern from "_connection.h":
         bint flooded
     int tls_library_init()
     SSL_CTX *tls_context_new(const unsigned char *const *chain, const size_t *chain_len, size_t count,
-                             unsigned int handle, int min_version, const tls_settings *settings)
+                             unsigned int handle, int min_version, int max_version, const char *schemes,
+                             const tls_settings *settings)
     int tls_connection_init(tls_connection *connection, SSL_CTX *ctx, const tls_settings *settings)
     void tls_connection_free(tls_connection *connection)
     tls_status tls_handshake(tls_connection *connection)
@@ -187,11 +189,21 @@ cdef class Settings:
         self._forget_ticket_keys()
 
 
+# no_gc: what these two hold cannot form cycles, and must outlive the C structures that point into it.
+@cython.no_gc
 cdef class Context:
     cdef SSL_CTX *_ctx
     cdef Settings _settings
 
-    def __init__(self, tuple chain, unsigned int handle, int min_version, Settings settings not None):
+    def __init__(
+        self,
+        tuple chain,
+        unsigned int handle,
+        int min_version,
+        int max_version,
+        bytes schemes not None,
+        Settings settings not None,
+    ):
         cdef const unsigned char *pointers[CHAIN_MAX]
         cdef size_t lengths[CHAIN_MAX]
         cdef bytes certificate
@@ -203,7 +215,9 @@ cdef class Context:
             lengths[count] = <size_t>PyBytes_GET_SIZE(certificate)
             count += 1
         self._settings = settings
-        self._ctx = tls_context_new(pointers, lengths, count, handle, min_version, &settings._settings)
+        self._ctx = tls_context_new(
+            pointers, lengths, count, handle, min_version, max_version, PyBytes_AS_STRING(schemes), &settings._settings
+        )
         if self._ctx == NULL:
             raise OpenSSLError(take_reason())
 
@@ -211,6 +225,7 @@ cdef class Context:
         SSL_CTX_free(self._ctx)
 
 
+@cython.no_gc
 cdef class Connection:
     cdef tls_connection _connection
     cdef Settings _settings

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from hsm.messages import KeyType
+from hsm.messages import KeyType, SignatureScheme
 from tlsproxy.errors import TlsProxyError
 from tlsproxy.tls import _openssl
 
@@ -42,6 +43,15 @@ class Certificate:
     not_after: datetime.datetime
     public_key: bytes = field(repr=False)
     """The leaf's SubjectPublicKeyInfo, DER."""
+    schemes: tuple[SignatureScheme, ...]
+    """What its key signs with."""
+
+    def limited_to(self, schemes: Collection[SignatureScheme]) -> Certificate:
+        """Return the same for a token that knows only `schemes`. Raises CertificateError when none is left."""
+        left = tuple(scheme for scheme in self.schemes if scheme in schemes)
+        if not left:
+            raise CertificateError(self.name, f"a token that signs with {self.key_type.value} keys for TLS expected")
+        return replace(self, schemes=left)
 
     def is_valid_at(self, moment: datetime.datetime) -> bool:
         """Tell whether `moment` (aware) lies in the leaf's validity period (RFC 5280 section 4.1.2.5)."""
@@ -77,6 +87,7 @@ def load_chain(name: str, pem: bytes, source: str) -> Certificate:
         not_before=leaf.not_valid_before_utc,
         not_after=leaf.not_valid_after_utc,
         public_key=leaf.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
+        schemes=key_type.schemes,
     )
 
 

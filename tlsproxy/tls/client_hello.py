@@ -39,26 +39,25 @@ def parse_client_hello(
 
     A malformed body counts as absent: OpenSSL judges it afterwards, and ends the handshake with decode_error.
     """
-    versions = None if supported_versions is None else _numbers(supported_versions[1:], supported_versions[:1])
+    versions = _code_points(supported_versions, length_bytes=1)
     return ClientHello(
         server_name=None if server_name is None else _host_name(server_name),
         alpn_protocols=() if alpn is None else _protocols(alpn),
-        cipher_suites=_numbers(cipher_suites) or (),
-        signature_schemes=_numbers_after_length(signature_algorithms),
-        groups=_numbers_after_length(supported_groups),
+        cipher_suites=struct.unpack(f">{len(cipher_suites) // 2}H", cipher_suites[: len(cipher_suites) & ~1]),
+        signature_schemes=_code_points(signature_algorithms, length_bytes=2),
+        groups=_code_points(supported_groups, length_bytes=2),
         offers_tls13=versions is not None and TLS1_3_VERSION in versions and legacy_version >= TLS1_2_VERSION,
     )
 
 
-def _numbers(body: bytes, length: bytes | None = None) -> tuple[int, ...] | None:
-    """The 16-bit numbers in `body`; None when its length is not what `length` (a big-endian number) says."""
-    if len(body) % 2 or (length is not None and int.from_bytes(length, "big") != len(body)):
+def _code_points(extension: bytes | None, *, length_bytes: int) -> tuple[int, ...] | None:
+    """The 16-bit numbers of an extension that is one vector, behind its length; None when it is malformed."""
+    if extension is None or len(extension) < length_bytes:
         return None
-    return struct.unpack(f">{len(body) // 2}H", body)
-
-
-def _numbers_after_length(extension: bytes | None) -> tuple[int, ...] | None:
-    return None if extension is None else _numbers(extension[2:], extension[:2])
+    length = len(extension) - length_bytes
+    if length % 2 or int.from_bytes(extension[:length_bytes], "big") != length:
+        return None
+    return struct.unpack_from(f">{length // 2}H", extension, length_bytes)
 
 
 def _host_name(extension: bytes) -> str | None:

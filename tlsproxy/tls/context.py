@@ -7,12 +7,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from hsm.messages import SignatureScheme
 from tlsproxy.tls import _openssl
 from tlsproxy.tls.certificates import Certificate, CertificateError
 from tlsproxy.tls.engine import TlsConnection
-from tlsproxy.tls.selection import CertificateSelector
+from tlsproxy.tls.selection import CertificateSelector, tls13_schemes
 
 _MAX_ALPN_BYTES = 255
+
+_SCHEME_PREFERENCE = (
+    SignatureScheme.ECDSA_SECP256R1_SHA256,
+    SignatureScheme.ECDSA_SECP384R1_SHA384,
+    SignatureScheme.RSA_PSS_RSAE_SHA256,
+    SignatureScheme.RSA_PSS_RSAE_SHA384,
+    SignatureScheme.RSA_PSS_RSAE_SHA512,
+    SignatureScheme.RSA_PKCS1_SHA256,
+    SignatureScheme.RSA_PKCS1_SHA384,
+    SignatureScheme.RSA_PKCS1_SHA512,
+)
 
 
 class TlsProfile(enum.Enum):
@@ -66,14 +78,10 @@ class TlsContext:
         wire_format = b"".join(bytes([len(protocol)]) + protocol for protocol in alpn_protocols)
         self._settings = _openssl.Settings(wire_format)
         self.set_ticket_keys([TicketKey.generate()])
-        min_version = _openssl.TLS1_3 if profile is TlsProfile.MODERN else _openssl.TLS1_2
-        self._contexts: dict[str, _openssl.Context] = {}
-        for handle, certificate in enumerate(self.certificates):
-            try:
-                openssl_context = _openssl.Context(certificate.chain, handle, min_version, self._settings)
-            except _openssl.OpenSSLError as error:
-                raise CertificateError(certificate.name, f"OpenSSL refuses the chain: {error}") from None
-            self._contexts[certificate.name] = openssl_context
+        self._contexts = {
+            certificate.name: _openssl_context(certificate, handle, profile, self._settings)
+            for handle, certificate in enumerate(self.certificates)
+        }
 
     def set_ticket_keys(self, keys: Sequence[TicketKey]) -> None:
         """Replace the ticket keys, for connections under way too: the first encrypts, all decrypt.
@@ -90,3 +98,20 @@ class TlsContext:
     def openssl_context(self, certificate: Certificate) -> _openssl.Context:
         """Return the OpenSSL context that serves `certificate`, one of this context's."""
         return self._contexts[certificate.name]
+
+
+def _openssl_context(
+    certificate: Certificate, handle: int, profile: TlsProfile, settings: _openssl.Settings
+) -> _openssl.Context:
+    min_version = _openssl.TLS1_3 if profile is TlsProfile.MODERN else _openssl.TLS1_2
+    # A token without RSA-PSS, as many a TPM is, cannot sign for TLS 1.3: that certificate's clients get TLS 1.2.
+    max_version = _openssl.TLS1_3 if tls13_schemes(certificate) else _openssl.TLS1_2
+    if max_version < min_version:
+        raise CertificateError(
+            certificate.name, f"a key that signs with RSA-PSS expected: the profile {profile.value} is TLS 1.3 only"
+        )
+    schemes = ":".join(scheme.label for scheme in _SCHEME_PREFERENCE if scheme in certificate.schemes)
+    try:
+        return _openssl.Context(certificate.chain, handle, min_version, max_version, schemes.encode(), settings)
+    except _openssl.OpenSSLError as error:
+        raise CertificateError(certificate.name, f"OpenSSL refuses the chain: {error}") from None

@@ -46,6 +46,8 @@ MAX_HANDSHAKE_BYTES = 64 * 1024
 _JOIN_BYTES = 16 * 1024
 """Pieces below a TLS record's size are encrypted together: a record costs more than the copy."""
 
+_CLIENT_LEFT = "the client closed the connection"
+
 live_jobs = _openssl.live_jobs
 """Return the number of handshakes suspended in this process."""
 
@@ -134,7 +136,7 @@ class TlsConnection:
         if self._state is State.CLOSED or self._peer_closed:
             return []
         if self._state in (State.HANDSHAKING, State.SUSPENDED):
-            return [self._handshake_failed("the client closed the connection")]
+            return [self._handshake_failed(_CLIENT_LEFT)]
         return [self._connection_failed("the client closed the connection without close_notify")]
 
     def provide_signature(self, signature: bytes) -> list[Event]:
@@ -227,6 +229,8 @@ class TlsConnection:
                 self._decrypt(events)
         elif status == _openssl.FAILED:
             events.append(self._handshake_failed(self._ssl.reason or ""))
+        elif status == _openssl.CLOSE_NOTIFY:
+            events.append(self._handshake_failed(_CLIENT_LEFT))
         elif self._handshake_bytes > MAX_HANDSHAKE_BYTES:
             events.append(self._handshake_failed(f"more than {MAX_HANDSHAKE_BYTES} bytes without a complete handshake"))
         return events

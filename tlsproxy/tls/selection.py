@@ -12,28 +12,37 @@ from tlsproxy.tls.client_hello import ClientHello
 _ECDHE_ECDSA_SUITES = frozenset({0xC02B, 0xC02C, 0xCCA9})
 _ECDHE_RSA_SUITES = frozenset({0xC02F, 0xC030, 0xCCA8})
 
-# In TLS 1.3 a scheme names the curve, and PKCS#1 v1.5 is for certificates only (RFC 8446 section 4.2.3).
-_TLS13_SCHEMES = {
-    KeyType.ECDSA_P256: frozenset({SignatureScheme.ECDSA_SECP256R1_SHA256}),
-    KeyType.ECDSA_P384: frozenset({SignatureScheme.ECDSA_SECP384R1_SHA384}),
-}
-_TLS13_RSA_SCHEMES = frozenset(
-    {SignatureScheme.RSA_PSS_RSAE_SHA256, SignatureScheme.RSA_PSS_RSAE_SHA384, SignatureScheme.RSA_PSS_RSAE_SHA512}
+# In TLS 1.3 an ECDSA scheme names the curve, and PKCS#1 v1.5 is for certificates only (RFC 8446 section 4.2.3).
+_TLS13_RSA_SCHEMES = (
+    SignatureScheme.RSA_PSS_RSAE_SHA256,
+    SignatureScheme.RSA_PSS_RSAE_SHA384,
+    SignatureScheme.RSA_PSS_RSAE_SHA512,
 )
+_TLS13_SCHEMES = {
+    KeyType.ECDSA_P256: (SignatureScheme.ECDSA_SECP256R1_SHA256,),
+    KeyType.ECDSA_P384: (SignatureScheme.ECDSA_SECP384R1_SHA384,),
+}
 
 _CURVE_GROUPS = {KeyType.ECDSA_P256: 23, KeyType.ECDSA_P384: 24}
 """RFC 8422 section 5.1.1: in TLS 1.2 supported_groups also limits the curves of certificates."""
 
 
-def can_verify(key_type: KeyType, client_hello: ClientHello) -> bool:
-    """Tell whether the client can verify a signature by a key of this type, in the TLS version it will get."""
-    schemes = client_hello.signature_schemes
-    if schemes is None:
+def tls13_schemes(certificate: Certificate) -> tuple[SignatureScheme, ...]:
+    """Return those of the certificate's schemes that TLS 1.3 has. None: it can only be served in TLS 1.2."""
+    possible = _TLS13_SCHEMES.get(certificate.key_type, _TLS13_RSA_SCHEMES)
+    return tuple(scheme for scheme in possible if scheme in certificate.schemes)
+
+
+def can_verify(certificate: Certificate, client_hello: ClientHello) -> bool:
+    """Tell whether the client can verify a signature by the certificate's key, in the TLS version it will get."""
+    offered = client_hello.signature_schemes
+    if offered is None:
         return False  # without the extension TLS 1.2 means SHA-1 (RFC 5246 section 7.4.1.4.1)
-    if client_hello.offers_tls13:
-        return not _TLS13_SCHEMES.get(key_type, _TLS13_RSA_SCHEMES).isdisjoint(schemes)
+    key_type = certificate.key_type
+    if client_hello.offers_tls13 and (schemes := tls13_schemes(certificate)):
+        return not set(schemes).isdisjoint(offered)
     suites = _ECDHE_RSA_SUITES if key_type.is_rsa else _ECDHE_ECDSA_SUITES
-    if suites.isdisjoint(client_hello.cipher_suites) or not any(scheme in schemes for scheme in key_type.schemes):
+    if suites.isdisjoint(client_hello.cipher_suites) or set(certificate.schemes).isdisjoint(offered):
         return False
     return key_type.is_rsa or client_hello.groups is None or _CURVE_GROUPS[key_type] in client_hello.groups
 
@@ -68,6 +77,6 @@ class CertificateSelector:
             candidates = self._exact.get(client_hello.server_name, ()) + self._wildcard.get(parent, ())
         candidates = candidates or self._all
         for certificate in candidates:
-            if can_verify(certificate.key_type, client_hello):
+            if can_verify(certificate, client_hello):
                 return certificate
         return candidates[0]

@@ -137,6 +137,10 @@ class Client:
                 pass
         return self._outgoing.read()
 
+    def pending(self) -> bytes:
+        """The client's bytes that step() did not return: it raised."""
+        return self._outgoing.read()
+
     def send(self, data: bytes) -> bytes:
         self.tls.write(data)
         return self._outgoing.read()
