@@ -33,6 +33,7 @@ from tests.fake_worker import (
 )
 from tests.tokens import CERTIFICATE_VERIFY, private_key
 
+EVENT_LOOPS = ("asyncio", "uvloop")
 SCHEME = SignatureScheme.ECDSA_SECP256R1_SHA256
 KEY = private_key(KeyType.ECDSA_P256, "www")
 
