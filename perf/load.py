@@ -1,8 +1,9 @@
 """The load client: full TLS handshakes from non-blocking sockets, in as many processes as asked.
 
 Closed loop: `concurrency` connections are kept under way until `count` are done. Each one is a full handshake with the
-chain verified, proven unresumed, then close_notify and the server's end of the connection, so that the server has finished its
-part as well when the connection counts as done. Latency runs from connect() to the end of the client's handshake.
+chain verified, proven unresumed, then close_notify and the server's end of the connection, so that the server has
+finished its part as well when the connection counts as done. Latency runs from connect() to the end of the client's
+handshake.
 """
 
 from __future__ import annotations

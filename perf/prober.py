@@ -1,7 +1,7 @@
 """A client on one established keep-alive connection, asking at a steady rate: what it sees is what users see.
 
-Open loop: each request has its intended start, and its latency counts from there, however late it could be sent. A
-server that stands still is charged for every request that should have been answered meanwhile (no coordinated omission).
+Open loop: each request has its intended start, and its latency counts from there, however late it could be sent, so a
+server that stands still is charged for every request that it should have answered meanwhile: no coordinated omission.
 """
 
 from __future__ import annotations

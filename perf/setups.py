@@ -157,7 +157,8 @@ class Nginx(Setup):
             events {{ worker_connections 20000; }}
             http {{
                 access_log off; client_body_temp_path {self.directory}/body; proxy_temp_path {self.directory}/proxy;
-                fastcgi_temp_path {self.directory}/f; uwsgi_temp_path {self.directory}/u; scgi_temp_path {self.directory}/s;
+                fastcgi_temp_path {self.directory}/f; uwsgi_temp_path {self.directory}/u;
+                scgi_temp_path {self.directory}/s;
                 server {{
                     {self.listen()}
                     location / {{ return 200 "ok\\n"; }}
@@ -296,8 +297,8 @@ class TlsproxySlowHsm(Tlsproxy):
         pin_file = self.directory / "token.pin"
         pin_file.touch(mode=0o600)
         pin_file.write_text(PIN)
-        return (
+        token = (
             f"{{name: perf, kind: pkcs11, module: {self._hsm.module}, token_label: perf, pin_file: token.pin, "
-            f"sessions: {self._sessions}}}",
-            self._hsm.environment,
+            f"sessions: {self._sessions}}}"
         )
+        return token, self._hsm.environment
