@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTENSION_SOURCES := $(wildcard tlsproxy/tls/*.pyx tlsproxy/tls/*.pxd tlsproxy/tls/_provider.* hsm/backends/*.pyx hsm/backends/pkcs11_*.[ch])
 C_SOURCES := $(shell git ls-files '*.c' '*.h')
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

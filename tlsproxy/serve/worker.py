@@ -17,6 +17,7 @@ from time import monotonic
 
 import uvloop
 
+from hsm.errors import SignerUnavailable
 from hsm.metricstore import MetricStore
 from hsm.pool import SignerPool
 from tlsproxy import metrics
@@ -33,6 +34,8 @@ _ORPHAN_DRAIN_S = 5.0
 """How long connections may take to finish once the supervisor is gone: nobody else will end this process."""
 _DRAIN_POLL_S = 0.05
 _LAG_INTERVAL_S = 0.25
+_TOKENS_TIMEOUT_S = 3.0
+"""With a token away, established clients' resumptions and the other tokens' certificates still work."""
 _UPSTREAM_SWEEP_S = 1.0
 _MAX_SPEC_READ = 1 << 16
 
@@ -93,8 +96,12 @@ class Worker:
         return context
 
     async def start(self) -> None:
-        """Accept connections, on the sockets inherited."""
+        """Accept connections, on the sockets inherited, once all tokens are reached or _TOKENS_TIMEOUT_S is over."""
         await self.pool.start()
+        try:
+            await self.pool.wait_ready(_TOKENS_TIMEOUT_S)
+        except SignerUnavailable as error:
+            _logger.warning("serving without a token", extra={"reason": str(error)})
         loop = asyncio.get_running_loop()
         for runtime, fd in zip(self._listeners, self._spec.listener_fds, strict=True):
             runtime.start()
