@@ -234,15 +234,16 @@ def _parse(path: str, document: dict[str, Any]) -> _Document:
         salt = _unb64(kdf["salt"])
         place = "check"
         check = _parse_sealed(document["check"])
+        place = "keys"
+        entries = document["keys"]
+        if not isinstance(entries, list) or len(entries) > MAX_KEYS:
+            raise ValueError
         keys: list[_StoredKey] = []
-        for number, entry in enumerate(document["keys"]):
+        for number, entry in enumerate(entries):
             place = f"keys[{number}]"
             keys.append(_parse_key(entry))
             if any(key.label == keys[-1].label for key in keys[:-1]):
                 raise ValueError
-        place = "keys"
-        if len(keys) > MAX_KEYS:
-            raise ValueError
     except (KeyError, TypeError, ValueError):
         raise TokenFileError(f"{path}: {place}: expected what this version of the format has there") from None
     return _Document(scrypt_n, salt, check, tuple(keys))
