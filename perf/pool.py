@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print a table; return the exit code."""
     uvloop.install()
     with tempfile.TemporaryDirectory(prefix="perf-pool-") as directory:
-        asyncio.run(_measure(arguments, directory))
+        token = _make_token(directory, arguments.key_type, arguments.workers)
+        asyncio.run(_measure(arguments, token, os.path.join(directory, "run")))
     return 0
 
 
@@ -56,16 +57,17 @@ class _Load:
         self._scheme = scheme
         self.signatures = 0
         self._stopping = False
+        self._idle = asyncio.Event()
 
     def start(self, concurrency: int) -> None:
         self._stopping = False
+        self._idle.clear()
         for _ in range(concurrency):
             self._submit()
 
     async def stop(self) -> None:
         self._stopping = True
-        while self._pool.pending:
-            await asyncio.sleep(0.01)
+        await self._idle.wait()
 
     def _submit(self) -> None:
         self._pool.submit(self._key, self._scheme, _TBS).add_done_callback(self._on_signature)
@@ -75,16 +77,21 @@ class _Load:
         self.signatures += 1
         if not self._stopping:
             self._submit()
+        elif not self._pool.pending:
+            self._idle.set()
 
 
-async def _measure(arguments: argparse.Namespace, directory: str) -> None:
+def _make_token(directory: str, key_type: KeyType, workers: int) -> SoftToken:
     token_path, pin_path = Path(directory, "token"), Path(directory, "pin")
     pin = secrets.token_hex(16)
     pin_path.touch(mode=0o600)
     pin_path.write_text(pin)
-    Vault.create(str(token_path), pin.encode()).add("key", generate_private_key(arguments.key_type))
-    token = SoftToken(name="soft", path=str(token_path), pin_file=str(pin_path), workers=arguments.workers)
-    group = WorkerGroup(token, os.path.join(directory, "run"))
+    Vault.create(str(token_path), pin.encode()).add("key", generate_private_key(key_type))
+    return SoftToken(name="soft", path=str(token_path), pin_file=str(pin_path), workers=workers)
+
+
+async def _measure(arguments: argparse.Namespace, token: SoftToken, directory: str) -> None:
+    group = WorkerGroup(token, directory)
     group.start()
     try:
         await group.wait_ready(30)

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hsm import pki
 from hsm.messages import KeyType
 from perf import cpu
+from perf.load import client_context
 from tests import fault_module
 from tests.softhsm import MODULE as SOFTHSM_MODULE
 from tests.softhsm import SoftHsm
@@ -43,16 +44,23 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until_listening(port: int, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 30.0) -> None:
-    """Return once something accepts on the port. Raises RuntimeError with the log's end if the process ends first."""
+def wait_until_serving(
+    port: int, ca_file: Path | None, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 30.0
+) -> None:
+    """Return once something accepts on the port and, with `ca_file`, completes a TLS handshake.
+
+    Raises RuntimeError with the log's end if the process ends first, or nothing serves in time.
+    """
     give_up_at = time.monotonic() + timeout_s
     while time.monotonic() < give_up_at:
         if process.poll() is not None:
             raise RuntimeError(f"{process.args!r} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            if ca_file is not None:
+                client_context(ca_file).wrap_socket(connection, server_hostname="localhost").close()
             return
         time.sleep(0.05)
-    raise RuntimeError(f"nothing listens on port {port} after {timeout_s:g} s:\n{log.read_text()[-2000:]}")
+    raise RuntimeError(f"nothing serves on port {port} after {timeout_s:g} s:\n{log.read_text()[-2000:]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +112,10 @@ class Setup(abc.ABC):
     def prepare(self) -> tuple[list[str], dict[str, str]]:
         """Write the configuration; return the command and what to add to its environment."""
 
+    def trusted_ca(self) -> Path | None:
+        """What a client trusts; None if this server speaks no TLS."""
+        return self.credential.ca_file
+
     @abc.abstractmethod
     def role(self, command_line: str) -> str:
         """What the process with this command line does: `proxy`, `hsm`, or `` for one that serves nothing."""
@@ -115,7 +127,7 @@ class Setup(abc.ABC):
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | environment
             )
-        wait_until_listening(self.port, self._process, self.log)
+        wait_until_serving(self.port, self.trusted_ca(), self._process, self.log)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -176,6 +188,9 @@ class NginxPlain(Nginx):
     """nginx without TLS: a back end."""
 
     name = "nginx-plain"
+
+    def trusted_ca(self) -> None:
+        """No TLS."""
 
     def listen(self) -> str:
         """Plain TCP."""
