@@ -5,30 +5,27 @@ from __future__ import annotations
 import os
 
 from hsm.keys import is_signature_valid, load_public_key
-from hsm.messages import KeyInfo, KeyType, SignatureScheme
+from hsm.messages import KeyInfo
 
-_CONTENT_START = b" " * 64 + b"TLS 1.3, server CertificateVerify\x00"
-_SCHEMES = {
-    KeyType.ECDSA_P256: SignatureScheme.ECDSA_SECP256R1_SHA256,
-    KeyType.ECDSA_P384: SignatureScheme.ECDSA_SECP384R1_SHA384,
-}
+_NAMED_CURVE_X25519 = b"\x03\x00\x1d\x20"
 
 
 class Canary:
-    """Content that the policy of TLS server keys lets pass, and that no TLS client will ever accept.
+    """Content that the policy of TLS server keys lets pass with every scheme, and that no client will ever accept.
 
-    It is what a server signs in TLS 1.3 (RFC 8446 section 4.4.3), over 32 random bytes instead of a transcript hash.
+    It has the shape of what a server signs in TLS 1.2 (RFC 8422 section 5.4), with randoms that no client chose and a
+    share to which nobody has the private key.
     """
 
     def __init__(self, key: KeyInfo) -> None:
-        self.key = key
-        self.scheme = _SCHEMES.get(key.key_type, SignatureScheme.RSA_PSS_RSAE_SHA256)
-        self.tbs = _CONTENT_START + os.urandom(32)
+        self._key = key
+        self.scheme = key.schemes[0]
+        self.tbs = os.urandom(64) + _NAMED_CURVE_X25519 + os.urandom(32)
 
     def is_answered_by(self, signature: bytes) -> bool:
         """Tell whether `signature` was made with the key, over just this content."""
         try:
-            public_key = load_public_key(self.key.public_key)
+            public_key = load_public_key(self._key.public_key)
         except ValueError:
             return False
         return is_signature_valid(public_key, self.scheme, self.tbs, signature)

@@ -91,13 +91,13 @@ class Dispatcher:
 
     def send(self, request: Request, connection: WorkerConnection, now_ns: int) -> None:
         """Send `request` to a worker that has room for it."""
-        number = connection.key_number(request.key)
-        assert number is not None
+        info = connection.key_info(request.key)
+        assert info is not None
         self._sends += 1
         connection.last_sent = self._sends
         request.last_token = connection.token
         connection.token.load.in_flight += 1
-        connection.send(request, number, now_ns)
+        connection.send(request, info.number, now_ns)
 
     def resend(self, request: Request) -> None:
         """Send `request` once more, where it is not and has not failed, or let it wait, or fail it."""

@@ -11,7 +11,7 @@ from typing import Any
 from hsm.canary import Canary
 from hsm.dispatch import Dispatcher
 from hsm.errors import HsmError, SignerUnavailable
-from hsm.messages import MAX_TBS_BYTES, SignatureScheme
+from hsm.messages import MAX_TBS_BYTES, KeyInfo, SignatureScheme
 from hsm.metricstore import MetricStore
 from hsm.pool_connection import WorkerConnection, keep_connected
 from hsm.pool_request import Request, Signature, SigningKey
@@ -172,8 +172,18 @@ class SignerPool:
         return {name for name, token in self._tokens.items() if token.connections}
 
     def can_sign(self, key: SigningKey) -> bool:
-        """Tell whether a request with `key` would be sent or queued, rather than refused."""
+        """Tell whether a worker is up that has `key`, at a token whose circuit is closed."""
         return self._dispatcher.can_sign(key)
+
+    def schemes(self, key: SigningKey) -> frozenset[SignatureScheme]:
+        """Return the schemes that every worker which is up and has `key` can sign with: some tokens know no RSA-PSS."""
+        known = [
+            frozenset(info.schemes)
+            for token in key.tokens
+            for connection in token.connections
+            if (info := connection.key_info(key)) is not None
+        ]
+        return frozenset.intersection(*known) if known else frozenset()
 
     def _arm_sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         self._sweep_timer = loop.call_later(self._sweep.interval_s, self._run_sweep, loop)
@@ -200,10 +210,8 @@ class SignerPool:
         chosen = self._canary_worker(token)
         if chosen is None or self._loop is None:
             return False
-        key, connection = chosen
-        assert connection.hello is not None
-        number = connection.key_number(key)
-        canary = Canary(next(info for info in connection.hello.keys if info.number == number))
+        key, connection, info = chosen
+        canary = Canary(info)
         now_ns = monotonic_ns()
         request = Request(
             self._loop.create_future(), key, canary.scheme, canary.tbs, now_ns, now_ns + _CANARY_DEADLINE_NS
@@ -217,13 +225,13 @@ class SignerPool:
             return False
         return canary.is_answered_by(signature.value)
 
-    def _canary_worker(self, token: PoolToken) -> tuple[SigningKey, WorkerConnection] | None:
+    def _canary_worker(self, token: PoolToken) -> tuple[SigningKey, WorkerConnection, KeyInfo] | None:
         """Return a worker of `token` that has room, and a key in use that it has."""
         for connection in token.connections:
             if len(connection.in_flight) < connection.window:
                 for key in self._keys.values():
-                    if token in key.tokens and connection.key_number(key) is not None:
-                        return key, connection
+                    if token in key.tokens and (info := connection.key_info(key)) is not None:
+                        return key, connection, info
         return None
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -15,6 +15,7 @@ from hsm.messages import (
     DEFAULT_WINDOW,
     REQUEST_HEADER,
     Hello,
+    KeyInfo,
     ProtocolError,
     SignReply,
     decode_hello,
@@ -60,7 +61,7 @@ class WorkerConnection(asyncio.Protocol):
         self._transport: asyncio.WriteTransport | None = None
         self._buffer = bytearray()
         self._last_id = 0
-        self._numbers: dict[SigningKey, int | None] = {}
+        self._keys: dict[SigningKey, KeyInfo | None] = {}
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the connection has ended."""
         self.hello: Hello | None = None
@@ -76,23 +77,23 @@ class WorkerConnection(asyncio.Protocol):
         self.stalled = False
         """It has owed answers for too long: nothing more is sent until it signs again."""
 
-    def key_number(self, key: SigningKey) -> int | None:
-        """Return the number the worker knows `key` by, or None if it does not have it."""
+    def key_info(self, key: SigningKey) -> KeyInfo | None:
+        """Return what the worker said of `key`, or None if it does not have it."""
         try:
-            return self._numbers[key]
+            return self._keys[key]
         except KeyError:
-            number = self._numbers[key] = self._find(key)
-            return number
+            info = self._keys[key] = self._find(key)
+            return info
 
-    def send(self, request: Request, number: int, now_ns: int) -> None:
-        """Ask the worker for a signature with its key `number`. The caller keeps to the window."""
+    def send(self, request: Request, key_number: int, now_ns: int) -> None:
+        """Ask the worker for a signature. The caller keeps to the window."""
         self._last_id = id_ = (self._last_id + 1) & _ID_MASK
         self.in_flight[id_] = (request, now_ns)
         request.in_flight += 1
         request.sends += 1
         assert self._transport is not None
         tbs = request.tbs
-        self._transport.write(REQUEST_HEADER.pack(id_, len(tbs), request.scheme, number, request.deadline_ns) + tbs)
+        self._transport.write(REQUEST_HEADER.pack(id_, len(tbs), request.scheme, key_number, request.deadline_ns) + tbs)
 
     def abort(self) -> None:
         """End the connection at once."""
@@ -155,12 +156,12 @@ class WorkerConnection(asyncio.Protocol):
             self.up = False
             self._owner.worker_down(self)
 
-    def _find(self, key: SigningKey) -> int | None:
+    def _find(self, key: SigningKey) -> KeyInfo | None:
         assert self.hello is not None
         found = [info for info in self.hello.keys if key.reference.matches(info)]
         for info in found:
             if key.public_key in (None, info.public_key):
-                return info.number
+                return info
         if found:
             self._owner.key_mismatch(self, key)
         return None

@@ -85,17 +85,17 @@ class PoolToken:
                 continue
             if best is not None and (load, connection.last_sent) >= (best_load, best.last_sent):
                 continue
-            if connection.key_number(key) is not None:
+            if connection.key_info(key) is not None:
                 best, best_load = connection, load
         return best
 
     def can_serve(self, key: SigningKey) -> bool:
         """Tell whether a worker that is up and not stalled has `key`."""
-        return any(not connection.stalled and connection.key_number(key) is not None for connection in self.connections)
+        return any(not connection.stalled and connection.key_info(key) is not None for connection in self.connections)
 
     def has_key(self, key: SigningKey) -> bool:
         """Tell whether a worker that is up has `key`."""
-        return any(connection.key_number(key) is not None for connection in self.connections)
+        return any(connection.key_info(key) is not None for connection in self.connections)
 
     def add(self, connection: WorkerConnection, now_ns: int) -> None:
         """Take in a worker that has come up."""

@@ -13,6 +13,6 @@ _FACTORIES: Mapping[str, Callable[[], asyncio.AbstractEventLoop]] = {
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Run a module's async tests once on each loop it names in EVENT_LOOPS: what users may bring, and the proxy's own."""
+    """Run a module's async tests once on each loop it names in EVENT_LOOPS."""
     names = getattr(item.getparent(pytest.Module).obj, "EVENT_LOOPS", ("asyncio",))
     return {name: _FACTORIES[name] for name in names}
