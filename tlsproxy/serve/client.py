@@ -12,7 +12,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from hsm.pool_request import Signature
 from tlsproxy.serve.counting import HandshakePhases, Negotiated, sign_failure_result
@@ -137,14 +137,14 @@ class ClientConnection(asyncio.Protocol, ABC):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin the handshake, unless a limit is reached."""
-        assert isinstance(transport, asyncio.Transport)
         peer = transport.get_extra_info("peername")
         self.client_ip = peer[0].removeprefix("::ffff:") if peer else ""
-        self._transport = transport
+        # uvloop's transports are no subclasses of asyncio's.
+        self._transport = cast("asyncio.Transport", transport)
         if not self.runtime.admit(self):
-            transport.abort()
+            self._transport.abort()
             return
-        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self.phase = Phase.HANDSHAKE
         self._accepted_s = monotonic()
         self.deadline = self._accepted_s + self.runtime.config.timeouts.handshake_s

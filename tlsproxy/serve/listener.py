@@ -68,7 +68,13 @@ class ListenerRuntime:
 
     def start(self) -> None:
         """Start looking at deadlines. Needs a running loop."""
-        self._sweep_timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+        self._sweep_timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep_and_rearm)
+
+    def sweep(self) -> None:
+        """End what takes too long."""
+        now_s = monotonic()
+        for connection in [connection for connection in self._open if connection.deadline < now_s]:
+            connection.on_timeout(now_s)
 
     def drain(self) -> None:
         """Let requests under way end, and every connection with its last one; nothing new is to be accepted."""
@@ -129,8 +135,6 @@ class ListenerRuntime:
             return "handshakes"
         return None
 
-    def _sweep(self) -> None:
-        self._sweep_timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
-        now_s = monotonic()
-        for connection in [connection for connection in self._open if connection.deadline < now_s]:
-            connection.on_timeout(now_s)
+    def _sweep_and_rearm(self) -> None:
+        self._sweep_timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep_and_rearm)
+        self.sweep()

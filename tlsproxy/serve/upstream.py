@@ -10,7 +10,7 @@ import asyncio
 import math
 from collections.abc import Sequence
 from time import monotonic
-from typing import Protocol
+from typing import Protocol, cast
 
 from tlsproxy.config import Address, Balance, UpstreamConfig
 from tlsproxy.errors import UpstreamError
@@ -77,9 +77,9 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
-        assert isinstance(transport, asyncio.Transport)
-        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        self._transport = transport
+        # uvloop's transports are no subclasses of asyncio's.
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
 
     def data_received(self, data: bytes) -> None:
         """Pass bytes on; a server that speaks unasked loses its connection."""
