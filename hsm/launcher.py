@@ -45,7 +45,10 @@ class SoftToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pkcs11Token:
-    """A token behind a PKCS#11 library, found by label, serial number or slot."""
+    """A token behind a PKCS#11 library, found by label, serial number or slot.
+
+    Its worker signs with the `keys` (labels or pkcs11: URIs) alone; given none, with all that can serve TLS.
+    """
 
     kind: ClassVar[str] = "pkcs11"
     name: str
@@ -56,6 +59,7 @@ class Pkcs11Token:
     pin_file: str | None = None
     pin_env: str | None = None
     sessions: int = 1
+    keys: tuple[str, ...] = ()
     workers: int = 1
 
 

@@ -15,13 +15,15 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import assert_never
 
-from hsm import serving_inline
+from hsm import serving_inline, serving_threaded
 from hsm.backends.base import Backend
+from hsm.backends.pkcs11 import Pkcs11Backend
+from hsm.backends.pkcs11_token import TokenSelector
 from hsm.backends.soft import SoftBackend
-from hsm.errors import HsmError, TokenConfigError, TokenError
+from hsm.errors import HsmError, TokenError
 from hsm.messages import keys_to_json
 from hsm.metricstore import MetricStore
 from hsm.pin import read_pin, wipe
@@ -30,6 +32,8 @@ from hsm.workerspec import MAX_SPEC_BYTES, SPEC_FD, WorkerSpec, WorkerSpecError
 
 _EXIT_FAILED = 1
 _EXIT_PERMANENT = 2
+
+_Serve = Callable[[Backend, socket.socket, WorkerSpec, MetricStore, Sequence[int]], None]
 
 _log = logging.getLogger("hsm.worker")
 
@@ -69,25 +73,36 @@ def _run(spec: WorkerSpec, spec_fd: int) -> None:
         store = MetricStore(spec.metrics_fd)
     except ValueError as error:
         raise WorkerSpecError(f"metrics_fd: {error}") from None
-    backend = _open_backend(spec)
+    backend, serve = _open_backend(spec, store)
     stop_fds = (spec_fd, _stop_on_sigterm())
     _log.info("ready, %d keys: %s", len(backend.keys), ", ".join(key.label for key in backend.keys))
     _report(spec, {"state": "ready", "pid": os.getpid(), "keys": keys_to_json(backend.keys)})
-    try:
-        serving_inline.serve(backend, listener, spec, store, stop_fds)
-    finally:
-        backend.close()
+    # Where this raises, a thread may still be inside the token's library: then it must not be told to close.
+    serve(backend, listener, spec, store, stop_fds)
+    backend.close()
 
 
-def _open_backend(spec: WorkerSpec) -> Backend:
+def _open_backend(spec: WorkerSpec, store: MetricStore) -> tuple[Backend, _Serve]:
+    """Return the opened token, and what serves a token of its kind."""
     pin = read_pin(spec.pin_file, spec.pin_env)
     try:
         match spec.kind:
             case "soft":
                 assert spec.path is not None
-                return SoftBackend(spec.path, pin)
+                return SoftBackend(spec.path, pin), serving_inline.serve
             case "pkcs11":
-                raise TokenConfigError(f"{spec.module}: PKCS#11 tokens are not served yet")
+                assert spec.module is not None
+                selector = TokenSelector(spec.token_label, spec.token_serial, spec.slot)
+                backend = Pkcs11Backend(
+                    spec.module,
+                    selector,
+                    pin,
+                    sessions=spec.sessions,
+                    key_references=spec.keys,
+                    name=spec.token,
+                    store=store,
+                )
+                return backend, serving_threaded.serve
             case _:
                 assert_never(spec.kind)
     finally:
@@ -125,4 +140,7 @@ def _report(spec: WorkerSpec, status: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    logging.shutdown()
+    # Not sys.exit: a token's library must not run its destructors while a thread is stuck inside it.
+    os._exit(exit_code)

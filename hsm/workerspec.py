@@ -13,6 +13,8 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
+from hsm.keyreference import KeyReference
+
 SPEC_FD = 3
 """The descriptor `python -m hsm.worker` reads its WorkerSpec from, unless told another as its one argument."""
 MAX_SPEC_BYTES = 1 << 16
@@ -42,6 +44,8 @@ class WorkerSpec:
     """At least one of the three finds the PKCS#11 token."""
     sessions: int = 1
     """PKCS#11 sessions, each signing one at a time."""
+    keys: tuple[str, ...] = ()
+    """Labels or pkcs11: URIs of the keys the worker of a PKCS#11 token may sign with; none: all that can serve TLS."""
     listen_fd: int
     """A listening Unix stream socket."""
     status_fd: int
@@ -77,6 +81,11 @@ class WorkerSpec:
                 raise WorkerSpecError("module: expected the PKCS#11 library; got nothing")
             if self.token_label is None and self.token_serial is None and self.slot is None:
                 raise WorkerSpecError("token_label, token_serial, slot: expected at least one of them")
+            try:
+                for reference in self.keys:
+                    KeyReference.parse(reference)
+            except ValueError as error:
+                raise WorkerSpecError(f"keys: {error}") from None
 
     def to_json(self) -> str:
         """Return the document, without the newline that ends it on the descriptor."""
@@ -104,6 +113,8 @@ class WorkerSpec:
         ]
         if missing:
             raise WorkerSpecError(f"{missing[0]}: expected a value; got nothing")
+        if "keys" in document:
+            document["keys"] = tuple(document["keys"])
         return cls(**document)
 
 
@@ -112,6 +123,8 @@ def _is_of_type(value: object, hint: object) -> bool:
         return any(_is_of_type(value, option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     assert isinstance(hint, type)
@@ -121,4 +134,6 @@ def _is_of_type(value: object, hint: object) -> bool:
 def _type_name(hint: object) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return "a list of strings"
     return str(getattr(hint, "__name__", hint))

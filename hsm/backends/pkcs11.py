@@ -22,7 +22,7 @@ from hsm.backends.base import Backend, Signer
 from hsm.backends.pkcs11_errors import CKR_SESSION_COUNT, CryptokiError, Remedy
 from hsm.backends.pkcs11_keys import TokenKey
 from hsm.backends.pkcs11_mechanisms import Recipe, recipes_for
-from hsm.backends.pkcs11_token import OpenToken, Pkcs11Token, TokenSelector
+from hsm.backends.pkcs11_token import OpenToken, TokenKeeper, TokenSelector
 from hsm.errors import KeyNotFound, TokenConfigError, TokenError
 from hsm.keys import is_signature_valid, load_public_key
 from hsm.messages import KeyInfo, SignatureScheme
@@ -132,7 +132,7 @@ class Pkcs11Backend(Backend):
         except (OSError, CryptokiError) as error:
             raise TokenConfigError(f"{module_path}: expected a PKCS#11 module that works; {error}") from None
         try:
-            self.token = Pkcs11Token(self.module, selector, bytearray(pin), key_references)
+            self.token = TokenKeeper(self.module, selector, bytearray(pin), key_references)
             self._signers = self._open_sessions(sessions)
             self._keys, self.recipes = self._usable_keys()
         except BaseException:

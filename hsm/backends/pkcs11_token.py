@@ -1,6 +1,6 @@
 """A PKCS#11 token: found, logged in to, its keys found; and all of that again when the token has forgotten it.
 
-Threads share one Pkcs11Token. What one of them has won back the others use: each names the OpenToken it saw fail, and
+Threads share one TokenKeeper. What one of them has won back the others use: each names the OpenToken it saw fail, and
 only the first of them does the work.
 """
 
@@ -58,7 +58,7 @@ class OpenToken:
     """The private keys' handles, good in all sessions, by the public key: its label may come to mean another key."""
 
 
-class Pkcs11Token:
+class TokenKeeper:
     """A token that has been found and logged in to."""
 
     def __init__(self, module: Module, selector: TokenSelector, pin: bytearray, key_references: Sequence[str]) -> None:

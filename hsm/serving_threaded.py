@@ -1,0 +1,285 @@
+"""Serves a token whose signatures cost waiting: one thread for each Signer, and this one, which reads.
+
+The reader puts what has come into one queue for each client and a note for each request into a queue all signing
+threads wait at. A thread that gets a note takes a request from the clients in turn, so that a busy proxy process does
+not delay the others, signs, and sends the reply itself. While anything is in hand the reader looks up every 50 ms, for
+a token that hangs answers nobody: what has expired is answered, and a signature that outlasts the hang limit ends the
+process, as only a new one can shake off the thread that is stuck in the token's library.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Sequence
+from queue import SimpleQueue
+from time import monotonic_ns
+
+from hsm.backends.base import Backend, Signer
+from hsm.errors import PinRefused, TokenError
+from hsm.messages import Hello, ProtocolError, SignRequest, Status, encode_hello
+from hsm.metricstore import MetricStore
+from hsm.serving import MAX_CLIENTS, ClientGoneError, Peer, accept_client, receive_requests, send_whole
+from hsm.signing import RequestHandler, encode_outcome
+from hsm.workerspec import WorkerSpec
+
+_TICK_S = 0.05
+_IN_HAND_PER_SIGNER = 2
+"""How many requests a client may have here for each signature the token can make at a time: enough that none has to
+wait for the next request. What is more waits in the proxy, which can still send it elsewhere."""
+
+_log = logging.getLogger(__name__)
+
+
+class _Client:
+    """A connected proxy process. Everything but `connection` and `peer` is guarded by the server's lock."""
+
+    __slots__ = ("buffer", "connection", "gone", "in_turn", "peer", "signing", "unsent", "waiting")
+
+    def __init__(self, connection: socket.socket, peer: Peer, hello: bytes) -> None:
+        self.connection = connection
+        self.peer = peer
+        self.unsent = hello
+        """What of the Hello still has to go: until then nothing is read."""
+        self.buffer = bytearray()
+        self.waiting: deque[tuple[SignRequest, int]] = deque()
+        """Requests and when they came, in ns."""
+        self.signing = 0
+        """Requests in the hands of signing threads."""
+        self.in_turn = False
+        """Stands in the server's queue of those whose turn will come."""
+        self.gone = False
+
+
+class _SigningThread(threading.Thread):
+    """Signs with one Signer. `since_ns` is when it began what it does now, or 0."""
+
+    def __init__(self, server: _Server, signer: Signer, number: int) -> None:
+        super().__init__(name=f"signer-{number}", daemon=True)
+        self._server = server
+        self._signer = signer
+        self.since_ns = 0
+
+    def run(self) -> None:
+        server = self._server
+        while server.notes.get():
+            taken = server.take()
+            if taken is None:
+                continue
+            client, request, received_ns = taken
+            self.since_ns = monotonic_ns()
+            try:
+                reply = server.handler.answer(self._signer, request, received_ns)
+                send_whole(client.connection, reply)
+            except (ClientGoneError, ProtocolError) as error:
+                server.hang_up(client, error)
+            except PinRefused as error:
+                server.fail(error)
+            finally:
+                self.since_ns = 0
+                server.finish(client)
+
+
+def serve(
+    backend: Backend, listener: socket.socket, spec: WorkerSpec, store: MetricStore, stop_fds: Sequence[int]
+) -> None:
+    """Answer requests until one of `stop_fds` becomes readable; then answer what was received, and return.
+
+    Raises PinRefused, and TokenError when a signature outlasts the hang limit or the token is lost. Threads may then
+    still be inside the token's library: the process can only be ended, without running any library's destructors.
+    """
+    _Server(backend, listener, spec, store, stop_fds).run()
+
+
+class _Server:
+    def __init__(
+        self, backend: Backend, listener: socket.socket, spec: WorkerSpec, store: MetricStore, stop_fds: Sequence[int]
+    ) -> None:
+        self.handler = RequestHandler(spec.token, backend.keys, store)
+        self.notes: SimpleQueue[bool] = SimpleQueue()
+        """True for each request received, False for each thread that is to end."""
+        self._backend = backend
+        self._threads = [_SigningThread(self, signer, number) for number, signer in enumerate(backend.signers)]
+        self._hang_limit_ns = round(spec.hang_limit_s * 1e9)
+        self._window = min(spec.max_in_flight, _IN_HAND_PER_SIGNER * len(self._threads))
+        self._hello = encode_hello(Hello(spec.token, os.getpid(), self._window, backend.keys))
+        self._allowed_uids = frozenset((spec.allowed_uid, os.geteuid()))
+        self._listener = listener
+        self._stop_fds = frozenset(stop_fds)
+        self._stopping = False
+        self._epoll = select.epoll()
+        self._clients: dict[int, _Client] = {}
+        self._lock = threading.Lock()
+        self._in_turn: deque[_Client] = deque()
+        """Clients that have requests waiting, and some whose requests have just expired."""
+        self._in_hand = 0
+        """Requests received and not yet answered."""
+        self._failure: PinRefused | None = None
+        self._failure_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def run(self) -> None:
+        self._listener.setblocking(False)
+        for fd in (self._listener.fileno(), self._failure_fd, *self._stop_fds):
+            self._epoll.register(fd, select.EPOLLIN)
+        for thread in self._threads:
+            thread.start()
+        while not (self._stopping and self._in_hand == 0):
+            for fd, _ in self._epoll.poll(_TICK_S if self._in_hand else None):
+                self._on_ready(fd)
+            self._check_health()
+            self._expire_waiting()
+        for _ in self._threads:
+            self.notes.put(False)
+        for thread in self._threads:
+            thread.join()
+        self._epoll.close()
+        os.close(self._failure_fd)
+        for client in self._clients.values():
+            client.connection.close()
+
+    # Called by the signing threads.
+
+    def take(self) -> tuple[_Client, SignRequest, int] | None:
+        """Return the next request, of the client whose turn it is, or None if it has expired or its client has gone."""
+        with self._lock:
+            while self._in_turn:
+                client = self._in_turn.popleft()
+                client.in_turn = False
+                if client.waiting:
+                    request, received_ns = client.waiting.popleft()
+                    if client.waiting:
+                        self._give_turn(client)
+                    client.signing += 1
+                    return client, request, received_ns
+            return None
+
+    def finish(self, client: _Client) -> None:
+        """The request taken from this client has been dealt with."""
+        with self._lock:
+            client.signing -= 1
+            self._in_hand -= 1
+            if client.gone and not client.signing:
+                client.connection.close()
+
+    def hang_up(self, client: _Client, error: Exception) -> None:
+        """Make the reader drop the client. It is the reader that closes: the descriptor is in use by others."""
+        with self._lock:
+            if client.gone:
+                return
+            if isinstance(error, ProtocolError):
+                _log.warning("dropping client pid %d: %s", client.peer.pid, error)
+            try:
+                client.connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                _log.debug("client pid %d has gone already", client.peer.pid)
+
+    def fail(self, error: PinRefused) -> None:
+        """Make `serve` raise this."""
+        self._failure = error
+        os.eventfd_write(self._failure_fd, 1)
+
+    def _give_turn(self, client: _Client) -> None:
+        self._in_turn.append(client)
+        client.in_turn = True
+
+    # The reader.
+
+    def _on_ready(self, fd: int) -> None:
+        if fd in self._clients:
+            client = self._clients[fd]
+            try:
+                if client.unsent:
+                    self._send_hello(client)
+                else:
+                    self._receive(client)
+            except (ClientGoneError, ProtocolError) as error:
+                self._drop(client, error)
+        elif fd in self._stop_fds:
+            self._stopping = True
+            self._epoll.unregister(fd)
+            self._stop_fds -= {fd}
+        elif fd != self._failure_fd:
+            self._accept()
+
+    def _accept(self) -> None:
+        while accepted := accept_client(self._listener, self._allowed_uids):
+            connection, peer = accepted
+            if len(self._clients) >= MAX_CLIENTS:
+                connection.close()
+                _log.warning("refused client pid %d: expected at most %d connections", peer.pid, MAX_CLIENTS)
+                continue
+            self._clients[connection.fileno()] = _Client(connection, peer, self._hello)
+            self._epoll.register(connection, select.EPOLLOUT)
+
+    def _send_hello(self, client: _Client) -> None:
+        try:
+            sent = client.connection.send(client.unsent)
+        except OSError as error:
+            raise ClientGoneError from error
+        client.unsent = client.unsent[sent:]
+        if not client.unsent:
+            self._epoll.modify(client.connection, select.EPOLLIN)
+
+    def _receive(self, client: _Client) -> None:
+        requests = receive_requests(client.connection, client.buffer)
+        if not requests:
+            return
+        now_ns = monotonic_ns()
+        with self._lock:
+            # A client that has read a reply may be ahead of the thread that sent it by one request.
+            in_hand = len(client.waiting) + client.signing + len(requests)
+            if in_hand > self._window + len(self._threads):
+                raise ProtocolError(f"more than its window of {self._window} requests in flight")
+            if not client.in_turn:
+                self._give_turn(client)
+            client.waiting.extend((request, now_ns) for request in requests)
+            self._in_hand += len(requests)
+        for _ in requests:
+            self.notes.put(True)
+
+    def _check_health(self) -> None:
+        """Raises what ends the worker."""
+        if self._failure is not None:
+            raise self._failure
+        started_ns = [thread.since_ns for thread in self._threads if thread.since_ns]
+        if started_ns and monotonic_ns() - min(started_ns) > self._hang_limit_ns:
+            raise TokenError(
+                "HUNG", f"a signature has not returned for {self._hang_limit_ns / 1e9:g} s", retryable=True
+            )
+        if self._backend.is_lost:
+            raise TokenError("LOST", "the token has not worked for a while; loading its library anew", retryable=True)
+
+    def _expire_waiting(self) -> None:
+        """Answer what waits and has expired."""
+        now_ns = monotonic_ns()
+        for client in list(self._clients.values()):
+            with self._lock:
+                expired = [entry for entry in client.waiting if entry[0].deadline_ns <= now_ns]
+                if not expired:
+                    continue
+                live = [entry for entry in client.waiting if entry[0].deadline_ns > now_ns]
+                client.waiting.clear()
+                client.waiting.extend(live)
+                self._in_hand -= len(expired)
+            replies = [encode_outcome(request, Status.EXPIRED, b"", now_ns - since_ns) for request, since_ns in expired]
+            try:
+                send_whole(client.connection, b"".join(replies))
+            except (ClientGoneError, ProtocolError) as error:
+                self._drop(client, error)
+
+    def _drop(self, client: _Client, error: Exception) -> None:
+        if isinstance(error, ProtocolError):
+            _log.warning("dropped client pid %d: %s", client.peer.pid, error)
+        del self._clients[client.connection.fileno()]
+        self._epoll.unregister(client.connection)
+        with self._lock:
+            client.gone = True
+            self._in_hand -= len(client.waiting)
+            client.waiting.clear()
+            # While a thread is about to send, the descriptor's number must not become another client's.
+            if not client.signing:
+                client.connection.close()
