@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import select
 import signal
 import socket
+import sys
+import termios
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +21,7 @@ from hsm.keys import is_signature_valid, load_public_key
 from hsm.messages import (
     DEFAULT_WINDOW,
     MAX_TBS_BYTES,
+    REPLY_HEADER,
     REQUEST_HEADER,
     KeyType,
     SignatureScheme,
@@ -144,12 +150,23 @@ def test_drops_a_client_that_breaks_the_protocol_and_no_other(
     assert f"dropped client pid {os.getpid()}: {reason}" in log
 
 
-def test_drops_a_client_that_does_not_read_its_replies(worker: WorkerProcess, client: WorkerClient) -> None:
+def unread_bytes(connection: socket.socket) -> int:
+    return int.from_bytes(fcntl.ioctl(connection, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def test_drops_a_client_that_keeps_its_window_but_reads_no_replies(worker: WorkerProcess, client: WorkerClient) -> None:
     with WorkerClient(worker.socket_path) as stalled:
-        frame = encode_request(request(tbs=b"")) * 100
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):
-            stalled.socket.sendall(frame * 10_000)
+        hung_up = select.poll()
+        hung_up.register(stalled.socket, select.POLLHUP)
+        while not hung_up.poll(0):
+            before = unread_bytes(stalled.socket)
+            stalled.socket.sendall(encode_request(request(tbs=b"")) * DEFAULT_WINDOW)
+            give_up = time.monotonic() + 20
+            while unread_bytes(stalled.socket) < before + DEFAULT_WINDOW * REPLY_HEADER.size and not hung_up.poll(1):
+                assert time.monotonic() < give_up, "neither answered nor dropped"
     assert client.ask(request())[0].status is Status.OK
+    _, log = worker.stop()
+    assert f"dropped client pid {os.getpid()}: does not read its replies" in log
 
 
 def test_survives_clients_that_vanish(worker: WorkerProcess, client: WorkerClient) -> None:
