@@ -78,6 +78,9 @@ class ProxyWorker:
         """Let the process finish what is under way, for `timeout_s` at most; start no other."""
         self._stopping = True
         self.ready = False
+        # While any copy of a listening socket is open, clients are taken into its backlog and wait for nobody.
+        for listener in self.listeners:
+            listener.close()
         self.send(Drain(timeout_s))
         if self._process is None:
             self._task.cancel()

@@ -1,0 +1,203 @@
+"""`tlsproxy run`: what keeps it from starting is one clear line, and it ends in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hsm.messages import KeyType
+from tests.backends import BackendConnection, backend, ok
+from tests.proxy import free_port, log_events, make_site, run_to_end, running_proxy, site_config, write_config
+from tests.tokens import SoftTokenFiles
+
+KEYS = {"www": KeyType.ECDSA_P256}
+
+Change = Callable[[Path, SoftTokenFiles, dict[str, Any]], None]
+
+
+def corrupt_token(directory: Path, token: SoftTokenFiles, config: dict[str, Any]) -> None:
+    content = bytearray(token.path.read_bytes())
+    content[len(content) // 2] ^= 1
+    token.path.write_bytes(content)
+
+
+def wrong_pin(directory: Path, token: SoftTokenFiles, config: dict[str, Any]) -> None:
+    token.pin_file.write_text("wrong\n")
+
+
+def unknown_key(directory: Path, token: SoftTokenFiles, config: dict[str, Any]) -> None:
+    config["certificates"][0]["key"] = "web"
+
+
+def another_certificate(directory: Path, token: SoftTokenFiles, config: dict[str, Any]) -> None:
+    other = directory / "other"
+    other.mkdir()
+    make_site(other, {"other": KeyType.ECDSA_P256})
+    (directory / "www.pem").write_bytes((other / "other.pem").read_bytes())
+
+
+def no_certificate(directory: Path, token: SoftTokenFiles, config: dict[str, Any]) -> None:
+    (directory / "www.pem").unlink()
+
+
+def key_in_certificate(directory: Path, token: SoftTokenFiles, config: dict[str, Any]) -> None:
+    with (directory / "www.pem").open("a") as file:
+        file.write("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
+
+
+def open_pin_file(directory: Path, token: SoftTokenFiles, config: dict[str, Any]) -> None:
+    token.pin_file.chmod(0o644)
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "words"),
+    [
+        (corrupt_token, "hsm.tokens[0].path", ("damaged",)),
+        (wrong_pin, "hsm.tokens[0].path", ("the PIN is wrong",)),
+        (open_pin_file, "hsm.tokens[0].path", ("mode 0600", "0644")),
+        (unknown_key, "certificates[0].key", ("(www)", "got 'web'")),
+        (another_certificate, "certificates[0].key", ("www.pem", "another one", "'local'")),
+        (no_certificate, "certificates[0].chain_file", ("www.pem", "No such file")),
+        (key_in_certificate, "certificates[0].chain_file", ("keys belong in the token",)),
+    ],
+)
+async def test_a_set_up_that_does_not_fit_is_one_line_and_exit_2(
+    tmp_path: Path, change: Change, place: str, words: tuple[str, ...]
+) -> None:
+    token = make_site(tmp_path, KEYS)
+    config = site_config(tmp_path, KEYS, "127.0.0.1:9")
+    change(tmp_path, token, config)
+    file = write_config(tmp_path, config)
+    code, _, stderr = await run_to_end("run", "--config", str(file))
+    (line,) = [line for line in stderr.splitlines() if line.startswith(f"{file}:")]
+    assert code == 2
+    assert f": {place}: " in line
+    for word in words:
+        assert word in line
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "run" / "local-0.sock").exists()
+
+
+@pytest.mark.parametrize("which", ["listeners[0]", "admin"])
+async def test_a_port_in_use_is_one_line_and_exit_1(tmp_path: Path, which: str) -> None:
+    make_site(tmp_path, KEYS)
+    config = site_config(tmp_path, KEYS, "127.0.0.1:9")
+    address = config["admin"]["address"] if which == "admin" else config["listeners"][0]["address"]
+    with socket.socket() as occupant:
+        # The meanest of occupants: it would share the port.
+        occupant.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        occupant.bind(("127.0.0.1", int(address.rpartition(":")[2])))
+        occupant.listen()
+        code, _, stderr = await run_to_end("run", "--config", str(write_config(tmp_path, config)))
+    assert (code, stderr) == (1, f"tlsproxy: {which}: cannot listen on {address}: the port is in use\n")
+
+
+async def test_a_second_instance_does_not_take_the_sockets_of_the_first(tmp_path: Path) -> None:
+    make_site(tmp_path, KEYS)
+    config = site_config(tmp_path, KEYS, "127.0.0.1:9")
+    async with running_proxy(tmp_path, config) as proxy:
+        other = {**config, "listeners": [{**config["listeners"][0], "address": f"127.0.0.1:{free_port()}"}]}
+        del other["admin"]
+        second = tmp_path / "second.yaml"
+        write_config(tmp_path, other).rename(second)
+        code, _, stderr = await run_to_end("run", "--config", str(second))
+        assert code == 1
+        assert stderr == f"tlsproxy: runtime_dir: {tmp_path / 'run'} is in use by another tlsproxy\n"
+        assert await proxy.handshake() == "TLSv1.3"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_request_under_way_is_finished_before_the_end(tmp_path: Path, number: signal.Signals) -> None:
+    make_site(tmp_path, KEYS)
+    arrived, may_answer = asyncio.Event(), asyncio.Event()
+
+    async def slow(connection: BackendConnection) -> None:
+        await connection.head()
+        arrived.set()
+        await may_answer.wait()
+        await connection.send(ok(b"late"))
+
+    async with backend(slow) as upstream:
+        async with running_proxy(tmp_path, site_config(tmp_path, KEYS, f"127.0.0.1:{upstream.port}")) as proxy:
+            request = asyncio.create_task(proxy.get())
+            await arrived.wait()
+            proxy.process.send_signal(number)
+            await proxy.until(lambda: "draining" in proxy.log, "draining")
+            await proxy.until(lambda: refuses(proxy.port), "no more accepted")
+            assert proxy.process.returncode is None
+            may_answer.set()
+            assert await request == (200, b"late")
+            assert await asyncio.wait_for(proxy.process.wait(), 30) == 0
+        assert log_events(proxy.log)[-1]["event"] == "stopped"
+        assert not list((tmp_path / "run").glob("*.sock"))
+
+
+async def refuses(port: int) -> bool:
+    """Nothing accepts on the port: the connection is refused, or ends at once."""
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return True
+    with contextlib.suppress(OSError, asyncio.TimeoutError):
+        ended = await asyncio.wait_for(reader.read(1), 0.2) == b""
+        writer.close()
+        return ended
+    writer.close()
+    return False
+
+
+async def test_a_second_signal_cuts_off_what_is_under_way(tmp_path: Path) -> None:
+    make_site(tmp_path, KEYS)
+    arrived = asyncio.Event()
+
+    async def never(connection: BackendConnection) -> None:
+        await connection.head()
+        arrived.set()
+        await asyncio.Event().wait()
+
+    async with backend(never) as upstream:
+        config = site_config(tmp_path, KEYS, f"127.0.0.1:{upstream.port}", drain_timeout="1h")
+        async with running_proxy(tmp_path, config) as proxy:
+            request = asyncio.create_task(proxy.get())
+            await arrived.wait()
+            proxy.process.send_signal(signal.SIGTERM)
+            await proxy.until(lambda: "draining" in proxy.log, "draining")
+            proxy.process.send_signal(signal.SIGTERM)
+            assert await asyncio.wait_for(proxy.process.wait(), 30) == 0
+            with pytest.raises((ConnectionError, ssl.SSLError)):
+                await request
+
+
+async def test_no_process_outlives_a_supervisor_that_was_killed(tmp_path: Path) -> None:
+    make_site(tmp_path, KEYS)
+    async with running_proxy(tmp_path, site_config(tmp_path, KEYS, "127.0.0.1:9", workers=2)) as proxy:
+        children = [*proxy.proxy_workers, *proxy.hsm_workers]
+        assert len(children) == 3
+        proxy.process.kill()
+        await proxy.process.wait()
+        await proxy.until(lambda: not any(map(is_running, children)), "all children gone")
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is no zombie that nobody has waited for yet."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+async def test_runtime_files_are_closed_to_others(tmp_path: Path) -> None:
+    make_site(tmp_path, KEYS)
+    async with running_proxy(tmp_path, site_config(tmp_path, KEYS, "127.0.0.1:9")):
+        modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "run").iterdir()}
+        assert modes == {"lock": "0o600", "local-0.sock": "0o600"}
+        assert os.stat(tmp_path / "run").st_mode & 0o777 == 0o700
