@@ -172,6 +172,39 @@ async def test_a_failure_moves_the_request_to_the_other_token_and_counts_a_failo
     assert rig.count(metrics.FAILOVERS) == rig.count(metrics.RETRIES) == 1
 
 
+async def test_what_a_token_failed_waits_for_another_and_does_not_go_back_to_it(rig):
+    rig = rig("a", "b")
+    workers = [rig.worker(0, window=2), rig.worker(1, window=1)]
+    requests = rig.ask(3)
+    first, second = rig.sent(workers[0])
+    rig.answer(workers[0], first, status=Status.RETRY, payload=b"CKR_DEVICE_ERROR")
+    rig.answer(workers[0], second)
+    assert rig.sent(workers[0]) == []
+    rig.answer(workers[1], *rig.sent(workers[1]))
+    rig.answer(workers[1], *rig.sent(workers[1]))
+    assert sorted(request.future.result().token for request in requests) == ["a", "b", "b"]
+
+
+async def test_another_worker_of_the_same_token_is_no_failover(rig):
+    rig = rig("a")
+    rig.worker(0)
+    rig.ask()
+    second = rig.worker(0)
+    rig.tokens[0].connections[0].connection_lost(None)
+    assert len(rig.sent(second)) == 1
+    assert (rig.count(metrics.RETRIES), rig.count(metrics.FAILOVERS)) == (1, 0)
+
+
+async def test_a_token_whose_workers_die_over_their_work_is_not_trusted(rig):
+    rig = rig("a")
+    for _ in range(5):
+        assert rig.tokens[0].is_trusted
+        worker = rig.worker(0)
+        rig.ask(deadline_ns=60 * SECOND)
+        worker.connection_lost(None)
+    assert not rig.tokens[0].is_trusted
+
+
 async def test_a_request_that_keeps_losing_its_worker_is_given_up(rig):
     rig = rig("a")
     (request,) = rig.ask(deadline_ns=60 * SECOND)
@@ -297,6 +330,18 @@ async def test_what_a_stalled_worker_owes_is_asked_elsewhere(rig):
     rig.answer(workers[0], *ids[0])
     assert not workers[0].stalled
     assert rig.tokens[0].load.in_flight == 0
+
+
+async def test_a_worker_that_lets_all_it_owes_expire_gets_work_again(rig):
+    rig = rig("a")
+    workers = [rig.worker(0), rig.worker(0)]
+    rig.ask(2)
+    rig.now_ns += DEADLINE_NS // 2 + 1
+    rig.answer(workers[1], 1)
+    rig.sweep.run()
+    assert workers[0].stalled
+    rig.answer(workers[0], 1, status=Status.EXPIRED, payload=b"")
+    assert not workers[0].stalled
 
 
 async def test_with_nowhere_else_to_ask_a_stalled_worker_is_waited_for(rig):
