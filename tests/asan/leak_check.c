@@ -131,6 +131,19 @@ static void run(enum ending ending, int max_version) {
     SSL_free(client);
 }
 
+/* A chain that OpenSSL cannot read, in its first or its second certificate. */
+static void run_malformed_chain(void) {
+    static const unsigned char malformed[] = {0x30, 0x03, 0x02, 0x01, 0x01};
+    const unsigned char *chain[2] = {chain_der, malformed};
+    const size_t lengths[2] = {chain_der_len, sizeof malformed};
+    const char *schemes = "ecdsa_secp256r1_sha256";
+
+    require(tls_context_new(chain, lengths, 2, 0, TLS1_2_VERSION, TLS1_3_VERSION, schemes, &settings) == NULL &&
+                tls_context_new(chain + 1, lengths + 1, 1, 0, TLS1_2_VERSION, TLS1_3_VERSION, schemes, &settings) ==
+                    NULL,
+            "a malformed chain was accepted");
+}
+
 int main(void) {
     static const struct {
         const char *name;
@@ -152,6 +165,7 @@ int main(void) {
             run(scenarios[i].ending, TLS1_3_VERSION);
         }
         SSL_CTX_free(server_ctx);
+        run_malformed_chain();
     }
     for (i = 0; i < sizeof scenarios / sizeof *scenarios; i++)
         printf("leak_check: %s: %d rounds in TLS 1.2 and 1.3\n", scenarios[i].name, ROUNDS);

@@ -8,7 +8,7 @@ python=$(realpath -s "${1:-.venv/bin/python}")
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 flags="-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined -D_GNU_SOURCE"
-sources=$(git ls-files "tlsproxy/tls/*.c")
+sources=$(find tlsproxy/tls -name '_*.c' ! -name _openssl.c)
 export UBSAN_OPTIONS=print_stacktrace=1
 
 echo "== leak check"

@@ -1,4 +1,4 @@
-/* One server-side TLS connection over memory, and the settings it shares with others. See _connection.c. */
+/* One server-side TLS connection over memory (_connection.c), and what it shares with others (_context.c). */
 #ifndef TLSPROXY_CONNECTION_H
 #define TLSPROXY_CONNECTION_H
 

@@ -1,5 +1,5 @@
 # cython: language_level=3, embedsignature=False
-"""The system's OpenSSL as the engine needs it: three thin classes over _connection.c.
+"""The system's OpenSSL as the engine needs it: three thin classes over the C files beside it.
 
 Nothing here decides anything: engine.py holds the rules, _connection.c the calls. Every method runs libssl in the
 calling thread, with the GIL; an object belongs to one thread.
@@ -15,6 +15,10 @@ cdef extern from "Python.h":
     PyObject *PyBytes_New "PyBytes_FromStringAndSize"(const char *data, Py_ssize_t size) except NULL
     int _PyBytes_Resize(PyObject **data, Py_ssize_t size) except -1
     void Py_DECREF(PyObject *object)
+
+
+cdef extern from "openssl/async.h":
+    int ASYNC_is_capable()
 
 
 cdef extern from "openssl/crypto.h":
@@ -140,6 +144,8 @@ cdef str take_reason():
     return "unknown reason" if reason == NULL else reason.decode("ascii", "replace")
 
 
+if not ASYNC_is_capable():
+    raise ImportError("an OpenSSL with ASYNC jobs expected; this one cannot suspend a handshake (musl's cannot)")
 if not tls_library_init():
     raise ImportError(f"OpenSSL cannot be set up: {take_reason()}")
 
