@@ -109,6 +109,7 @@ void tls_connection_free(struct tls_connection *connection) {
         connection->input_len = 0;
         hsm_enter(&connection->sign);
         (void)SSL_do_handshake(connection->ssl);
+        hsm_enter(NULL);
         connection->output_len = output_len;
         connection->alert_sent = alert_sent;
     }
@@ -125,6 +126,7 @@ enum tls_status tls_handshake(struct tls_connection *connection) {
     ERR_clear_error();
     hsm_enter(&connection->sign);
     result = SSL_do_handshake(connection->ssl);
+    hsm_enter(NULL);
     if (result == 1) {
         connection->established = 1;
         SSL_clear_mode(connection->ssl, SSL_MODE_ASYNC); /* nothing pauses from here on, so nothing needs a job */

@@ -38,7 +38,7 @@ OSSL_LIB_CTX *hsm_library_context(void);
 /* A private key for `certificate` whose signatures are asked for by `handle`. NULL on failure. Owned by the caller. */
 EVP_PKEY *hsm_private_key(X509 *certificate, unsigned int handle);
 
-/* Says which connection's handshake this thread drives from now on: its signature requests go to `sign`. */
+/* Says which connection's handshake this thread drives from now on: its signature requests go to `sign`. NULL: none. */
 void hsm_enter(struct hsm_sign *sign);
 
 /* Jobs paused in this process at this moment. */

@@ -99,6 +99,22 @@ def test_a_client_hello_in_single_bytes(authority: Authority, signer: Signer, co
     assert isinstance(server.receive_data(finished[-1:])[0], HandshakeComplete)
 
 
+def test_a_client_that_must_offer_another_key_share_is_asked_once_for_a_certificate(
+    authority: Authority, context: TlsContext
+):
+    hello = Client(client_context(authority)).step()
+    share_of_x25519 = bytes.fromhex("0033 0026 0024 001d 0020")  # key_share (section 4.2.8); 001e is X448
+    assert hello.count(share_of_x25519) == 1
+    server = context.connection()
+    events = server.receive_data(hello.replace(share_of_x25519, share_of_x25519.replace(b"\x00\x1d", b"\x00\x1e")))
+    assert [type(event) for event in events] == [ClientHelloReceived]
+    retry_random = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c")  # section 4.1.3
+    assert server.data_to_send()[11:43] == retry_random
+    events = server.receive_data(hello)
+    assert [type(event) for event in events] == [SignatureNeeded]
+    server.abort()
+
+
 def test_a_client_hello_that_never_ends(context: TlsContext):
     server = context.connection()
     fragment = bytes([0x01, 0x01, 0xFF, 0x00]) + bytes(16380)  # a ClientHello of 130816 bytes is announced
