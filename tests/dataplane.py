@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -93,6 +94,12 @@ class DataPlane:
         """Return a histogram's (count, sum) by labels."""
         samples = read_samples(self.store.fd, metrics.FAMILIES)
         return {s.labels: (sum(s.values[:-1]), s.values[-1]) for s in samples if s.family.name == family}
+
+    def sweep(self) -> None:
+        """Let all deadlines take effect now, rather than within a second."""
+        for upstream in self.upstreams.values():
+            upstream.sweep(time.monotonic())
+        self.runtime.sweep()
 
     async def connect(self) -> TlsClient:
         """Return a client whose handshake is complete."""
@@ -248,6 +255,7 @@ class TlsClient:
             if not data:
                 raise ConnectionError("the proxy closed during the handshake")
             self.writer.write(self.tls.step(data))
+        self.buffer = self.tls.read(b"")
 
     async def send(self, data: bytes) -> None:
         """Encrypt and send."""

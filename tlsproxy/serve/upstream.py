@@ -58,28 +58,39 @@ class Server:
 class UpstreamConnection(asyncio.Protocol):
     """One connection to a server. Its owner sets `deadline` (monotonic seconds) as it goes."""
 
-    __slots__ = ("_transport", "_upstream", "deadline", "owner", "reused", "server", "write_paused")
+    __slots__ = (
+        "_first_owner",
+        "_transport",
+        "_upstream",
+        "deadline",
+        "owner",
+        "reused",
+        "server",
+        "was_opened",
+        "write_paused",
+    )
 
-    def __init__(self, upstream: Upstream, server: Server) -> None:
+    def __init__(self, upstream: Upstream, server: Server, first_owner: UpstreamOwner) -> None:
         self._upstream = upstream
         self.server = server
+        self._first_owner: UpstreamOwner | None = first_owner
         self._transport: asyncio.Transport | None = None
         self.owner: UpstreamOwner | None = None
         self.deadline = math.inf
         self.reused = False
         """It has carried a request before, so the server may be about to close it."""
         self.write_paused = False
-
-    @property
-    def is_open(self) -> bool:
-        """Bytes can be sent and may come."""
-        return self._transport is not None and not self._transport.is_closing()
+        self.was_opened = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin."""
+        """Go to the owner that asked for it."""
         # uvloop's transports are no subclasses of asyncio's.
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        self.was_opened = True
+        owner, self._first_owner = self._first_owner, None
+        assert owner is not None
+        self._upstream.connected(self, owner)
 
     def data_received(self, data: bytes) -> None:
         """Pass bytes on; a server that speaks unasked loses its connection."""
@@ -252,38 +263,41 @@ class Upstream:
         self.metrics.values[self.metrics.active] += 1.0
         owner.upstream_ready(connection)
 
+    def connected(self, connection: UpstreamConnection, owner: UpstreamOwner) -> None:
+        """Hand a connection just opened over, before anything the server says can arrive."""
+        self._end_connecting(owner)
+        self._open.add(connection)
+        self._hand_over(connection, owner)
+
     async def _connect(self, owner: UpstreamOwner, servers: Sequence[Server]) -> None:
         """Open a connection to the first server that accepts; nothing has been sent, so trying the next is safe."""
-        error = UpstreamError(502, "connect_failed")
+        error: UpstreamError | None = None
         for server in servers:
-            connection = UpstreamConnection(self, server)
-            server.in_use += 1
-            try:
-                await self._open_connection(connection)
-                if not connection.is_open:
-                    raise ConnectionResetError
-            except asyncio.TimeoutError:
-                server.in_use -= 1
-                error = UpstreamError(504, "connect_timeout")
-            except OSError:
-                server.in_use -= 1
-                error = UpstreamError(502, "connect_failed")
-            except asyncio.CancelledError:
-                server.in_use -= 1
-                connection.abort()
-                raise
-            else:
-                self._end_connecting(owner)
-                self._open.add(connection)
-                self._hand_over(connection, owner)
+            error = await self._connect_to(server, owner)
+            if error is None:
                 return
+        assert error is not None
         self._end_connecting(owner)
         owner.upstream_failed(error)
 
-    async def _open_connection(self, connection: UpstreamConnection) -> None:
-        address = connection.server.address
-        opening = asyncio.get_running_loop().create_connection(lambda: connection, address.host, address.port)
-        await asyncio.wait_for(opening, self.timeouts.connect_s)
+    async def _connect_to(self, server: Server, owner: UpstreamOwner) -> UpstreamError | None:
+        """Open a connection; it goes to its owner by itself. Return what went wrong."""
+        connection = UpstreamConnection(self, server, owner)
+        server.in_use += 1
+        opening = asyncio.get_running_loop().create_connection(
+            lambda: connection, server.address.host, server.address.port
+        )
+        error = UpstreamError(502, "connect_failed")
+        try:
+            await asyncio.wait_for(opening, self.timeouts.connect_s)
+        except asyncio.TimeoutError:
+            error = UpstreamError(504, "connect_timeout")
+        except OSError:
+            pass
+        finally:
+            if not connection.was_opened:
+                server.in_use -= 1
+        return None if connection.was_opened else error
 
     def _end_connecting(self, owner: UpstreamOwner) -> None:
         del self._connecting[owner]
