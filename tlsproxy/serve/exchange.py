@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from tlsproxy.errors import UpstreamError
 from tlsproxy.http.codec import RequestHead, ResponseHead, ResponseReader
 from tlsproxy.http.forwarding import LAST_CHUNK, Hop, chunk, request_head, response_head
-from tlsproxy.serve.client import PauseReason
 from tlsproxy.serve.upstream import Upstream, UpstreamConnection
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class Exchange:
         self.upstream.acquire(self)
         self._started = True
         if self._connection is None and self.request.has_body:
-            self._client.pause(PauseReason.UPSTREAM)
+            self._client.accept_body(False)
 
     def send(self, data: bytes, *, last: bool) -> None:
         """Hand in what has come of the request's body, perhaps nothing; `last` with its end."""
@@ -116,7 +115,7 @@ class Exchange:
         client = self._client
         hop = Hop(client.client_ip_bytes, b"https", self._request_id, connection.server.authority)
         self._pending.insert(0, request_head(self.request, hop))
-        client.resume(PauseReason.UPSTREAM)
+        client.accept_body(True)
         if self._started:
             self._flush()
 
@@ -170,10 +169,7 @@ class Exchange:
 
     def upstream_writable(self, writable: bool) -> None:
         """Let the client go on sending, or not."""
-        if writable:
-            self._client.resume(PauseReason.UPSTREAM)
-        else:
-            self._client.pause(PauseReason.UPSTREAM)
+        self._client.accept_body(writable)
         self._expect_bytes()
 
     # Inside.

@@ -106,6 +106,14 @@ class HttpConnection(ClientConnection):
 
     # What an exchange calls.
 
+    def accept_body(self, accept: bool) -> None:
+        """Read on, or no further for now: the upstream can take more of the request's body, or can't."""
+        if accept:
+            self.resume(PauseReason.UPSTREAM)
+        else:
+            self.pause(PauseReason.UPSTREAM)
+        self._set_deadline()
+
     def exchange_completed(self, *, keep_alive: bool) -> None:
         """The response has been sent to its end."""
         exchange = self._exchange

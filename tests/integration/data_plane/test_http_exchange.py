@@ -171,11 +171,14 @@ async def test_requests_go_where_their_route_says() -> None:
 
 
 async def test_servers_take_turns() -> None:
-    async with backend(always(ok(b"1"))) as one, backend(always(ok(b"2"))) as two:
-        async with data_plane([one.port, two.port]) as proxy:
-            client = await proxy.connect()
-            answers = [(await client.request(GET)).body for _ in range(6)]
-            assert sorted(answers) == [b"1"] * 3 + [b"2"] * 3
+    async with (
+        backend(always(ok(b"1"))) as one,
+        backend(always(ok(b"2"))) as two,
+        data_plane([one.port, two.port]) as proxy,
+    ):
+        client = await proxy.connect()
+        answers = [(await client.request(GET)).body for _ in range(6)]
+        assert sorted(answers) == [b"1"] * 3 + [b"2"] * 3
 
 
 async def test_close_notify_after_a_request_still_gets_the_answer() -> None:
