@@ -68,3 +68,20 @@ class Tls12RecordWriter:
         additional = sequence + bytes([content_type, 3, 3]) + len(content).to_bytes(2, "big")
         body = sequence + self._cipher.encrypt(self._salt + sequence, content, additional)
         return bytes([content_type, 3, 3]) + len(body).to_bytes(2, "big") + body
+
+
+def without_key_shares(client_hello: bytes) -> bytes:
+    """The same ClientHello record with an empty key_share extension: a wish for a HelloRetryRequest (section 4.2.8)."""
+    at = 5 + 4 + 2 + 32
+    at += 1 + client_hello[at]  # session id
+    at += 2 + int.from_bytes(client_hello[at : at + 2], "big")  # cipher suites
+    at += 1 + client_hello[at]  # compression methods
+    before, extensions, position = client_hello[9:at], b"", at + 2
+    while position < len(client_hello):
+        end = position + 4 + int.from_bytes(client_hello[position + 2 : position + 4], "big")
+        is_key_share = client_hello[position : position + 2] == b"\x00\x33"
+        extensions += b"\x00\x33\x00\x02\x00\x00" if is_key_share else client_hello[position:end]
+        position = end
+    body = before + len(extensions).to_bytes(2, "big") + extensions
+    message = b"\x01" + len(body).to_bytes(3, "big") + body
+    return client_hello[:3] + len(message).to_bytes(2, "big") + message
