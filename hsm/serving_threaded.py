@@ -27,7 +27,7 @@ from hsm.serving import MAX_CLIENTS, ClientGoneError, Peer, accept_client, recei
 from hsm.signing import RequestHandler, encode_outcome
 from hsm.workerspec import WorkerSpec
 
-_TICK_S = 0.05
+_TICK_NS = 50_000_000
 _IN_HAND_PER_SIGNER = 2
 """How many requests a client may have here for each signature the token can make at a time: enough that none has to
 wait for the next request. What is more waits in the proxy, which can still send it elsewhere."""
@@ -127,11 +127,17 @@ class _Server:
             self._epoll.register(fd, select.EPOLLIN)
         for thread in self._threads:
             thread.start()
+        next_check_ns = 0
         while not (self._stopping and self._in_hand == 0):
-            for fd, _ in self._epoll.poll(_TICK_S if self._in_hand else None):
+            for fd, _ in self._epoll.poll(_TICK_NS / 1e9 if self._in_hand else None):
                 self._on_ready(fd)
-            self._check_health()
-            self._expire_waiting()
+            if self._failure is not None:
+                raise self._failure
+            now_ns = monotonic_ns()
+            if now_ns >= next_check_ns:
+                next_check_ns = now_ns + _TICK_NS
+                self._check_health(now_ns)
+                self._expire_waiting(now_ns)
         for _ in self._threads:
             self.notes.put(False)
         for thread in self._threads:
@@ -241,21 +247,18 @@ class _Server:
         for _ in requests:
             self.notes.put(True)
 
-    def _check_health(self) -> None:
-        """Raises what ends the worker."""
-        if self._failure is not None:
-            raise self._failure
-        started_ns = [thread.since_ns for thread in self._threads if thread.since_ns]
-        if started_ns and monotonic_ns() - min(started_ns) > self._hang_limit_ns:
+    def _check_health(self, now_ns: int) -> None:
+        """Raises TokenError when only a new process can help."""
+        since_ns = [thread.since_ns for thread in self._threads if thread.since_ns]
+        if since_ns and now_ns - min(since_ns) > self._hang_limit_ns:
             raise TokenError(
                 "HUNG", f"a signature has not returned for {self._hang_limit_ns / 1e9:g} s", retryable=True
             )
         if self._backend.is_lost:
             raise TokenError("LOST", "the token has not worked for a while; loading its library anew", retryable=True)
 
-    def _expire_waiting(self) -> None:
+    def _expire_waiting(self, now_ns: int) -> None:
         """Answer what waits and has expired."""
-        now_ns = monotonic_ns()
         for client in list(self._clients.values()):
             with self._lock:
                 expired = [entry for entry in client.waiting if entry[0].deadline_ns <= now_ns]

@@ -45,6 +45,23 @@ class TokenSelector:
 
 
 @dataclass(frozen=True, slots=True)
+class _TokenInfo:
+    label: str
+    serial: str
+    flags: int
+
+    def __str__(self) -> str:
+        return f"label {self.label!r}, serial number {self.serial!r}"
+
+    def matches(self, selector: TokenSelector, slot: int) -> bool:
+        return (
+            selector.label in (None, self.label)
+            and selector.serial in (None, self.serial)
+            and selector.slot in (None, slot)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class OpenToken:
     """A token at one time: all of this is void once it has forgotten the login."""
 
@@ -65,9 +82,9 @@ class TokenKeeper:
         """Find the token and its keys. The PIN stays in memory, for the token may want it again.
 
         Raises:
-            TokenConfigError: no token, or more than one, is what `selector` says.
+            TokenConfigError: more than one token is what `selector` says, or the token's PIN is about to be locked.
             PinRefused: the token refuses the PIN.
-            TokenError: the token does not work.
+            TokenError: the token is not there, or does not work.
         """
         self._module = module
         self._selector = selector
@@ -146,30 +163,36 @@ class TokenKeeper:
         return OpenToken(generation, slot, session, keys, {key.public_key: key.handle for key in keys})
 
     def _find_slot(self) -> int:
-        """Return the slot the token is in now: one that was away may come back in another."""
+        """Return the slot the token is in now: one that was away may come back in another.
+
+        Raises TokenError while it is away, TokenConfigError when only a person can help, and CryptokiError.
+        """
         matching = []
         seen = []
         for slot in self._module.slots():
-            label, serial, flags = self._module.token_info(slot)
-            label_text, serial_text = _text(label), _text(serial)
-            seen.append(f"label {label_text!r}, serial number {serial_text!r}, slot {slot}")
-            if (
-                self._selector.label in (None, label_text)
-                and self._selector.serial in (None, serial_text)
-                and self._selector.slot in (None, slot)
-            ):
-                matching.append((slot, flags))
-        if len(matching) != 1:
-            raise TokenConfigError(
-                f"expected one token with {self._selector}; got {len(matching)} (seen: {'; '.join(seen) or 'none'})"
-            )
-        ((slot, flags),) = matching
-        if flags & _CKF_USER_PIN_FINAL_TRY:
+            token = self._token_in(slot)
+            seen.append(f"slot {slot}: {token or 'no token that answers'}")
+            if token is not None and token.matches(self._selector, slot):
+                matching.append((slot, token))
+        problem = f"expected one token with {self._selector}; got {len(matching)} ({'; '.join(seen) or 'no slots'})"
+        if not matching:
+            raise TokenError("CKR_TOKEN_NOT_PRESENT", problem, retryable=True)
+        if len(matching) > 1:
+            raise TokenConfigError(problem)
+        ((slot, token),) = matching
+        if token.flags & _CKF_USER_PIN_FINAL_TRY:
             raise TokenConfigError(
                 f"token with {self._selector}: another refused PIN locks it (CKF_USER_PIN_FINAL_TRY), so none is tried;"
                 " log in by hand once"
             )
         return slot
+
+    def _token_in(self, slot: int) -> _TokenInfo | None:
+        try:
+            label, serial, flags = self._module.token_info(slot)
+        except CryptokiError:
+            return None
+        return _TokenInfo(_text(label), _text(serial), flags)
 
     def _log_in(self, session: int) -> None:
         try:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import enum
+import functools
 import mmap
-import os
+import shutil
 import struct
 import subprocess
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("fault_module.c")
@@ -19,6 +23,7 @@ _FIELDS = {
             "sign_latency_us",
             "error",
             "error_functions",
+            "error_after",
             "error_count",
             "hang",
             "losses",
@@ -49,34 +54,34 @@ class On(enum.IntFlag):
     ALL = 63
 
 
-def build(directory: Path) -> Path:
-    """Compile the module into `directory`."""
-    library = directory / "fault_module.so"
+@functools.cache
+def _compiled() -> Path:
+    directory = tempfile.TemporaryDirectory(prefix="fault-module-")
+    atexit.register(directory.cleanup)
+    library = Path(directory.name, "fault_module.so")
     flags = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
     subprocess.run(["gcc", *flags, "-o", library, _SOURCE, "-ldl", "-lpthread"], check=True)
     return library
 
 
-class FaultControl:
-    """What the module does, from now on and in whatever process has it loaded; and what was asked of it."""
+class FaultModule:
+    """A copy of the module around a real one: what it does, whatever process has it loaded, and what it was asked."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, directory: Path, target: str, environment: Mapping[str, str]) -> None:
+        """Put it into `directory`, to wrap the module `target`, which is given this environment."""
+        self.path = directory / "fault_module.so"
+        shutil.copy(_compiled(), self.path)
+        lines = [target, *(f"{name}={value}" for name, value in environment.items())]
+        self.path.with_name("fault_module.so.target").write_text("\n".join(lines) + "\n")
         size = len(_FIELDS) * _WORD.size
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.ftruncate(fd, size)
-            self._block = mmap.mmap(fd, size)
-        finally:
-            os.close(fd)
+        with self.path.with_name("fault_module.so.control").open("w+b") as stream:
+            stream.truncate(size)
+            self._block = mmap.mmap(stream.fileno(), size)
 
-    def environment(self, target: str) -> dict[str, str]:
-        """The variables a process needs to load the module around `target`."""
-        return {"FAULT_MODULE_TARGET": target, "FAULT_MODULE_CONTROL": str(self.path)}
-
-    def fail(self, error: int, on: On, times: int = FOREVER) -> None:
-        """Answer these functions with the CKR `error`, so many times."""
+    def fail(self, error: int, on: On, times: int = FOREVER, *, after: int = 0) -> None:
+        """Answer these functions with the CKR `error`, so many times, once `after` more calls have gone well."""
         self._set("error_functions", 0)
+        self._set("error_after", after)
         self._set("error", error)
         self._set("error_count", times)
         self._set("error_functions", on)

@@ -2,19 +2,24 @@
  * A PKCS#11 module for tests: it wraps a real one and does to the caller what HSMs do to theirs. It sleeps, answers
  * with errors, hangs, loses sessions and logins, and hides mechanisms, as its control block says.
  *
- *   FAULT_MODULE_TARGET    the module to wrap
- *   FAULT_MODULE_CONTROL   a file of sizeof(struct control) bytes, mapped shared: what to do (see __init__.py)
+ * Beside this library's own file, so that several copies can be at work in one process tree, stand
+ *
+ *   LIBRARY.target    a line with the path of the module to wrap; then lines NAME=VALUE for its environment
+ *   LIBRARY.control   struct control, mapped shared (see __init__.py)
  *
  * Sessions are lost for real: they are closed in the wrapped module, whose own errors the caller then sees.
  */
+#define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
@@ -54,6 +59,7 @@ struct control {
     _Atomic uint32_t sign_latency_us;
     _Atomic uint32_t error;           /* the CKR to answer with */
     _Atomic uint32_t error_functions; /* for which functions */
+    _Atomic uint32_t error_after;     /* how many calls of them still go well */
     _Atomic uint32_t error_count;     /* how many more times; UINT32_MAX: for ever */
     _Atomic uint32_t hang;            /* C_Sign does not return while this is set */
     _Atomic uint32_t losses;          /* each increment closes all sessions, and so ends the login */
@@ -117,18 +123,23 @@ static int happens(uint32_t one_in) {
     return one_in != 0 && (uint32_t)rand_r(&seed) % one_in == 0;
 }
 
-/* The error to answer `function` with, or CKR_OK. Uses up one of error_count. */
+/* Counts down to 0, or not at all from UINT32_MAX; returns what there was. */
+static uint32_t use_one(_Atomic uint32_t *count) {
+    uint32_t left = atomic_load(count);
+    while (left != 0 && left != UINT32_MAX && !atomic_compare_exchange_weak(count, &left, left - 1)) {
+    }
+    return left;
+}
+
+/* The error to answer `function` with, or CKR_OK. */
 static ulong_t injected(uint32_t function) {
     if ((atomic_load(&control->error_functions) & function) == 0) {
         return CKR_OK;
     }
-    uint32_t left = atomic_load(&control->error_count);
-    while (left != 0 && left != UINT32_MAX) {
-        if (atomic_compare_exchange_weak(&control->error_count, &left, left - 1)) {
-            break;
-        }
+    if (use_one(&control->error_after) != 0) {
+        return CKR_OK;
     }
-    return left == 0 ? CKR_OK : atomic_load(&control->error);
+    return use_one(&control->error_count) == 0 ? CKR_OK : atomic_load(&control->error);
 }
 
 static void sleep_us(uint32_t us) {
@@ -275,11 +286,26 @@ static ulong_t sign(ulong_t session, unsigned char *data, ulong_t data_len, unsi
     return result;
 }
 
-static int map_control(void) {
-    const char *path = getenv("FAULT_MODULE_CONTROL");
-    int fd = path == NULL ? -1 : open(path, O_RDWR | O_CLOEXEC);
+ulong_t C_GetFunctionList(struct function_list **list);
+
+/* Opens the file beside this library whose name ends so. */
+static int open_beside(const char *suffix, int flags) {
+    char path[PATH_MAX];
+    Dl_info self;
+    if (dladdr((void *)C_GetFunctionList, &self) == 0) {
+        return -1;
+    }
+    snprintf(path, sizeof path, "%s%s", self.dli_fname, suffix);
+    int fd = open(path, flags | O_CLOEXEC);
     if (fd < 0) {
-        fprintf(stderr, "fault_module: FAULT_MODULE_CONTROL: cannot open\n");
+        fprintf(stderr, "fault_module: %s: %s\n", path, strerror(errno));
+    }
+    return fd;
+}
+
+static int map_control(void) {
+    int fd = open_beside(".control", O_RDWR);
+    if (fd < 0) {
         return 0;
     }
     void *block = mmap(NULL, sizeof(struct control), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -294,34 +320,49 @@ static int map_control(void) {
 }
 
 static int load_target(void) {
-    const char *path = getenv("FAULT_MODULE_TARGET");
-    void *library = path == NULL ? NULL : dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    char line[PATH_MAX];
+    int fd = open_beside(".target", O_RDONLY);
+    FILE *file = fd < 0 ? NULL : fdopen(fd, "r");
+    void *library = NULL;
+    while (file != NULL && fgets(line, sizeof line, file) != NULL) {
+        line[strcspn(line, "\n")] = '\0';
+        char *value = strchr(line, '=');
+        if (library == NULL) {
+            library = dlopen(line, RTLD_NOW | RTLD_LOCAL);
+        } else if (value != NULL) {
+            *value = '\0';
+            setenv(line, value + 1, 1);
+        }
+    }
+    if (file != NULL) {
+        fclose(file);
+    }
     ulong_t (*get_list)(struct function_list **);
     if (library == NULL || (*(void **)&get_list = dlsym(library, "C_GetFunctionList")) == NULL) {
-        fprintf(stderr, "fault_module: FAULT_MODULE_TARGET: %s\n", path == NULL ? "not set" : dlerror());
+        fprintf(stderr, "fault_module: no module to wrap\n");
         return 0;
     }
     return get_list(&target) == CKR_OK;
 }
 
-ulong_t C_GetFunctionList(struct function_list **list);
-
 ulong_t C_GetFunctionList(struct function_list **list) {
-    /* Each time anew: tests in one process each have their own control block. */
-    if (!map_control() || !load_target()) {
-        return CKR_GENERAL_ERROR;
+    if (target == NULL) {
+        if (!map_control() || !load_target()) {
+            target = NULL;
+            return CKR_GENERAL_ERROR;
+        }
+        own = *target;
+        own.function[GET_FUNCTION_LIST] = C_GetFunctionList;
+        own.function[GET_SLOT_LIST] = get_slot_list;
+        own.function[GET_TOKEN_INFO] = get_token_info;
+        own.function[GET_MECHANISM_LIST] = get_mechanism_list;
+        own.function[OPEN_SESSION] = open_session;
+        own.function[CLOSE_SESSION] = close_session;
+        own.function[LOGIN] = login;
+        own.function[FIND_OBJECTS_INIT] = find_objects_init;
+        own.function[SIGN_INIT] = sign_init;
+        own.function[SIGN] = sign;
     }
-    own = *target;
-    own.function[GET_FUNCTION_LIST] = C_GetFunctionList;
-    own.function[GET_SLOT_LIST] = get_slot_list;
-    own.function[GET_TOKEN_INFO] = get_token_info;
-    own.function[GET_MECHANISM_LIST] = get_mechanism_list;
-    own.function[OPEN_SESSION] = open_session;
-    own.function[CLOSE_SESSION] = close_session;
-    own.function[LOGIN] = login;
-    own.function[FIND_OBJECTS_INIT] = find_objects_init;
-    own.function[SIGN_INIT] = sign_init;
-    own.function[SIGN] = sign;
     *list = &own;
     return CKR_OK;
 }
