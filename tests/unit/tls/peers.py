@@ -12,6 +12,7 @@ from typing import TypeVar
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
@@ -37,7 +38,10 @@ def distinguished_name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
-def certificate_builder(subject: str, issuer: str, public_key: object) -> x509.CertificateBuilder:
+def certificate_builder(
+    subject: str, issuer: str, public_key: CertificatePublicKeyTypes, issuer_key: CertificatePublicKeyTypes
+) -> x509.CertificateBuilder:
+    """Python 3.13 asks for the key identifiers (RFC 5280 section 4.2.1.1)."""
     return (
         x509.CertificateBuilder()
         .subject_name(distinguished_name(subject))
@@ -46,6 +50,8 @@ def certificate_builder(subject: str, issuer: str, public_key: object) -> x509.C
         .serial_number(x509.random_serial_number())
         .not_valid_before(NOW - datetime.timedelta(hours=1))
         .not_valid_after(NOW + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False)
     )
 
 
@@ -62,13 +68,27 @@ class Authority:
     def _ca(
         subject: str, issuer: str, key: ec.EllipticCurvePrivateKey, issuer_key: ec.EllipticCurvePrivateKey
     ) -> x509.Certificate:
-        builder = certificate_builder(subject, issuer, key.public_key())
-        return builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True).sign(
-            issuer_key, hashes.SHA256()
+        builder = certificate_builder(subject, issuer, key.public_key(), issuer_key.public_key())
+        usage = dict.fromkeys(
+            (
+                "digital_signature",
+                "content_commitment",
+                "key_encipherment",
+                "data_encipherment",
+                "key_agreement",
+                "encipher_only",
+                "decipher_only",
+            ),
+            False,
+        )
+        return (
+            builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .add_extension(x509.KeyUsage(**usage, key_cert_sign=True, crl_sign=True), critical=True)
+            .sign(issuer_key, hashes.SHA256())
         )
 
     def leaf_pem(self, key: PrivateKey, names: Iterable[x509.GeneralName]) -> bytes:
-        builder = certificate_builder("leaf", "intermediate", key.public_key())
+        builder = certificate_builder("leaf", "intermediate", key.public_key(), self.key.public_key())
         names = list(names)
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
