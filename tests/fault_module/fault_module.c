@@ -28,6 +28,7 @@ typedef unsigned long ulong_t;
 
 /* Where the functions this module replaces stand in CK_FUNCTION_LIST (PKCS#11 v2.40, section 4.2, order of pkcs11f.h). */
 enum {
+    FINALIZE = 1,
     GET_FUNCTION_LIST = 3,
     GET_SLOT_LIST = 4,
     GET_TOKEN_INFO = 6,
@@ -146,6 +147,12 @@ static void sleep_us(uint32_t us) {
     struct timespec rest = {us / 1000000, (long)(us % 1000000) * 1000};
     while (nanosleep(&rest, &rest) != 0 && errno == EINTR) {
     }
+}
+
+static ulong_t finalize(void *reserved) {
+    ulong_t (*call)(void *) = target->function[FINALIZE];
+    atomic_store(&control->open_sessions, 0);
+    return call(reserved);
 }
 
 static ulong_t get_slot_list(unsigned char present, ulong_t *list, ulong_t *count) {
@@ -352,6 +359,7 @@ ulong_t C_GetFunctionList(struct function_list **list) {
             return CKR_GENERAL_ERROR;
         }
         own = *target;
+        own.function[FINALIZE] = finalize;
         own.function[GET_FUNCTION_LIST] = C_GetFunctionList;
         own.function[GET_SLOT_LIST] = get_slot_list;
         own.function[GET_TOKEN_INFO] = get_token_info;
