@@ -271,14 +271,12 @@ class ClientConnection(asyncio.Protocol, ABC):
 
     def _act_on(self, events: list[Event]) -> None:
         for event in events:
-            kind = type(event)
-            if kind is PlaintextReceived:
-                assert isinstance(event, PlaintextReceived)
+            if type(event) is PlaintextReceived:
                 if self.phase is Phase.OPEN:
                     metrics = self.runtime.metrics
                     metrics.values[metrics.bytes_in] += len(event.data)
                     self.plaintext_received(event.data)
-            elif kind is CloseNotify:
+            elif type(event) is CloseNotify:
                 if self.phase is Phase.OPEN:
                     self.input_ended()
             else:

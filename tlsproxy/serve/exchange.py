@@ -115,8 +115,8 @@ class Exchange:
         client = self._client
         hop = Hop(client.client_ip_bytes, b"https", self._request_id, connection.server.authority)
         self._pending.insert(0, request_head(self.request, hop))
-        client.accept_body(True)
         if self._started:
+            client.accept_body(True)
             self._flush()
 
     def upstream_failed(self, error: UpstreamError) -> None:
