@@ -18,7 +18,6 @@ FAILED: int
 TLS1_2: int
 TLS1_3: int
 MAX_CHAIN: int
-MAX_TICKET_KEYS: int
 LIBRARY_VERSION: str
 
 class OpenSSLError(Exception): ...

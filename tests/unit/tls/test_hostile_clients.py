@@ -177,6 +177,13 @@ def test_eof_during_the_handshake(authority: Authority, context: TlsContext):
     assert live_jobs() == 0
 
 
+def test_close_notify_during_the_handshake(authority: Authority, signer: Signer, context: TlsContext):
+    server, request = until_suspended(context, Client(client_context(authority, tls12=True)))
+    server.provide_signature(signer.sign(request))
+    event = failure(server, b"\x15\x03\x03\x00\x02\x01\x00")
+    assert event == HandshakeFailed(None, None, "the client closed the connection")
+
+
 def test_bytes_that_come_while_suspended_are_kept(authority: Authority, signer: Signer, context: TlsContext):
     client = Client(client_context(authority))
     server, request = until_suspended(context, client)
