@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from perf import handshakes, pool, storm
+from perf import handshakes, hsm, pool, storm
 
 
 def main() -> int:
     """Parse the command line and run one measurement."""
     parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
     subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
-    for name, module in {"handshakes": handshakes, "pool": pool, "storm": storm}.items():
+    for name, module in {"handshakes": handshakes, "hsm": hsm, "pool": pool, "storm": storm}.items():
         summary = (module.__doc__ or "").partition("\n")[0]
         subparser = subcommands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(subparser)

@@ -23,7 +23,7 @@ from hsm.pool import Signature, SignerPool, SigningKey
 from hsm.vault import Vault
 from perf.cpu import cpu_seconds, total_cpu_seconds
 
-_TBS = b" " * 64 + b"TLS 1.3, server CertificateVerify\x00" + bytes(32)
+CERTIFICATE_VERIFY = b" " * 64 + b"TLS 1.3, server CertificateVerify\x00" + bytes(32)
 _SCHEMES = {
     KeyType.ECDSA_P256: SignatureScheme.ECDSA_SECP256R1_SHA256,
     KeyType.ECDSA_P384: SignatureScheme.ECDSA_SECP384R1_SHA384,
@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-class _Load:
-    """Keeps `concurrency` requests unanswered."""
+class SignatureLoad:
+    """Keeps a number of requests to a pool unanswered, and counts the signatures."""
 
     def __init__(self, pool: SignerPool, key: SigningKey, scheme: SignatureScheme) -> None:
         self._pool = pool
@@ -60,17 +60,19 @@ class _Load:
         self._idle = asyncio.Event()
 
     def start(self, concurrency: int) -> None:
+        """Begin, with so many requests at a time."""
         self._stopping = False
         self._idle.clear()
         for _ in range(concurrency):
             self._submit()
 
     async def stop(self) -> None:
+        """Ask no more and wait for what is unanswered."""
         self._stopping = True
         await self._idle.wait()
 
     def _submit(self) -> None:
-        self._pool.submit(self._key, self._scheme, _TBS).add_done_callback(self._on_signature)
+        self._pool.submit(self._key, self._scheme, CERTIFICATE_VERIFY).add_done_callback(self._on_signature)
 
     def _on_signature(self, future: asyncio.Future[Signature]) -> None:
         future.result()
@@ -99,9 +101,12 @@ async def _measure(arguments: argparse.Namespace, token: SoftToken, directory: s
             await pool.wait_ready(30)
             await asyncio.sleep(0.1)
             scheme = _SCHEMES.get(arguments.key_type, SignatureScheme.RSA_PSS_RSAE_SHA256)
-            load = _Load(pool, pool.key("key"), scheme)
-            await _turn(load, group, arguments)
-            turns = [await _turn(load, group, arguments) for _ in range(arguments.turns)]
+            load = SignatureLoad(pool, pool.key("key"), scheme)
+            await measure_turn(load, group, arguments.concurrency, arguments.seconds)
+            turns = [
+                await measure_turn(load, group, arguments.concurrency, arguments.seconds)
+                for _ in range(arguments.turns)
+            ]
     finally:
         await group.stop()
     print(f"{arguments.key_type.value}, {arguments.workers} workers, {arguments.concurrency} requests at a time")
@@ -111,14 +116,16 @@ async def _measure(arguments: argparse.Namespace, token: SoftToken, directory: s
         print(f"  {name:<12} {median(values):8.1f} {unit:<3} ({min(values):.1f} to {max(values):.1f})")
 
 
-async def _turn(load: _Load, group: WorkerGroup, arguments: argparse.Namespace) -> tuple[float, float, float]:
+async def measure_turn(
+    load: SignatureLoad, group: WorkerGroup, concurrency: int, seconds: float
+) -> tuple[float, float, float]:
     """Return signatures per second, worker and client CPU microseconds per signature."""
     loop = asyncio.get_running_loop()
-    load.start(arguments.concurrency)
+    load.start(concurrency)
     await asyncio.sleep(0.2)
     signed, begun_s = load.signatures, loop.time()
     worker_s, client_s = total_cpu_seconds(group.pids), cpu_seconds(os.getpid())
-    await asyncio.sleep(arguments.seconds)
+    await asyncio.sleep(seconds)
     worker_s, client_s = total_cpu_seconds(group.pids) - worker_s, cpu_seconds(os.getpid()) - client_s
     signed, elapsed_s = load.signatures - signed, loop.time() - begun_s
     await load.stop()

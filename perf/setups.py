@@ -27,7 +27,7 @@ from hsm import pki
 from hsm.messages import KeyType
 from perf import cpu
 from perf.load import client_context
-from tests import fault_module
+from tests.fault_module import FaultModule
 from tests.softhsm import MODULE as SOFTHSM_MODULE
 from tests.softhsm import SoftHsm
 
@@ -217,12 +217,12 @@ class Tlsproxy(Setup):
     name = "tlsproxy"
 
     @abc.abstractmethod
-    def prepare_token(self) -> tuple[str, dict[str, str]]:
-        """Make a token that holds the key as `perf`; return its YAML, and what its worker's environment needs."""
+    def prepare_token(self) -> str:
+        """Make a token that holds the key as `perf`; return its YAML."""
 
     def prepare(self) -> tuple[list[str], dict[str, str]]:
         """Write config.yaml for one listener, one route and one upstream."""
-        token, environment = self.prepare_token()
+        token = self.prepare_token()
         self._backend_port = free_port()
         configuration = self.directory / "config.yaml"
         configuration.write_text(f"""
@@ -243,7 +243,7 @@ listeners:
 upstreams:
   - {{name: app, servers: [{{address: 127.0.0.1:{self._backend_port}}}]}}
 """)
-        return [sys.executable, "-m", "tlsproxy", "run", "--config", str(configuration)], environment
+        return [sys.executable, "-m", "tlsproxy", "run", "--config", str(configuration)], {}
 
     def __enter__(self) -> Self:
         """Start the back end, then the proxy."""
@@ -269,7 +269,7 @@ class TlsproxySoft(Tlsproxy):
 
     name = "tlsproxy-soft"
 
-    def prepare_token(self) -> tuple[str, dict[str, str]]:
+    def prepare_token(self) -> str:
         """Import the key into a new token file."""
         pin_file, token = self.directory / "token.pin", self.directory / "token"
         pin_file.touch(mode=0o600)
@@ -279,7 +279,7 @@ class TlsproxySoft(Tlsproxy):
         key = ["--label", "perf", "--key", str(self.credential.key_file)]
         subprocess.run([*hsm, "init", *at], check=True, stdout=subprocess.DEVNULL)
         subprocess.run([*hsm, "import", *at, *key], check=True, stdout=subprocess.DEVNULL)
-        return "{name: perf, kind: soft, path: token, pin_file: token.pin, workers: 1}", {}
+        return "{name: perf, kind: soft, path: token, pin_file: token.pin, workers: 1}"
 
 
 class SlowHsm:
@@ -292,9 +292,7 @@ class SlowHsm:
         key = serialization.load_pem_private_key(credential.key_file.read_bytes(), None)
         assert isinstance(key, (ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey))
         self.store.import_key("perf", key, "perf", pin=PIN)
-        self.module = fault_module.build(directory)
-        self.control = fault_module.FaultControl(directory / "control")
-        self.environment = self.store.environment | self.control.environment(SOFTHSM_MODULE)
+        self.control = FaultModule(directory, SOFTHSM_MODULE, self.store.environment)
 
 
 class TlsproxySlowHsm(Tlsproxy):
@@ -307,13 +305,12 @@ class TlsproxySlowHsm(Tlsproxy):
         self._hsm = hsm
         self._sessions = sessions
 
-    def prepare_token(self) -> tuple[str, dict[str, str]]:
+    def prepare_token(self) -> str:
         """Name the module and the token."""
         pin_file = self.directory / "token.pin"
         pin_file.touch(mode=0o600)
         pin_file.write_text(PIN)
-        token = (
-            f"{{name: perf, kind: pkcs11, module: {self._hsm.module}, token_label: perf, pin_file: token.pin, "
+        return (
+            f"{{name: perf, kind: pkcs11, module: {self._hsm.control.path}, token_label: perf, pin_file: token.pin, "
             f"sessions: {self._sessions}}}"
         )
-        return token, self._hsm.environment

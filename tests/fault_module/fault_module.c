@@ -26,7 +26,8 @@
 
 typedef unsigned long ulong_t;
 
-/* Where the functions this module replaces stand in CK_FUNCTION_LIST (PKCS#11 v2.40, section 4.2, order of pkcs11f.h). */
+/* Where the functions this module replaces stand in CK_FUNCTION_LIST (PKCS#11 v2.40, section 4.2, order of pkcs11f.h).
+ */
 enum {
     FINALIZE = 1,
     GET_FUNCTION_LIST = 3,
@@ -269,7 +270,8 @@ static ulong_t sign_init(ulong_t session, void *mechanism, ulong_t key) {
     return result;
 }
 
-static ulong_t sign(ulong_t session, unsigned char *data, ulong_t data_len, unsigned char *signature, ulong_t *signature_len) {
+static ulong_t sign(ulong_t session, unsigned char *data, ulong_t data_len, unsigned char *signature,
+                    ulong_t *signature_len) {
     ulong_t (*call)(ulong_t, unsigned char *, ulong_t, unsigned char *, ulong_t *) = target->function[SIGN];
     atomic_fetch_add(&control->sign_calls, 1);
     uint32_t latency_us = atomic_load(&control->sign_latency_us);
