@@ -139,12 +139,35 @@ async def counters(proxy: Proxy) -> dict[str, float]:
     return {name: await proxy.metric(name) for name in names}
 
 
-async def test_health_follows_the_proxy_workers(tmp_path: Path) -> None:
+async def test_health_and_gauges_follow_the_proxy_workers(tmp_path: Path) -> None:
     async with site(tmp_path) as proxy:
         (worker,) = proxy.proxy_workers
+        async with established(proxy) as request:
+            assert b"200 OK" in await request()
+            assert await proxy.metric("tlsproxy_connections") == 1
+            os.kill(worker, signal.SIGKILL)
+            await proxy.until(lambda: is_healthy(proxy, 503), "unhealthy")
+            assert await proxy.metric("tlsproxy_connections") == 0
+            assert proxy.proxy_workers != [worker]
+        await proxy.until(lambda: is_healthy(proxy, 200), "healthy again")
+
+
+async def test_a_proxy_worker_that_spoils_its_metrics_can_be_replaced_all_the_same(tmp_path: Path) -> None:
+    async with site(tmp_path) as proxy:
+        (worker,) = proxy.proxy_workers
+        spoil_metrics(worker)
+        assert await proxy.metric("tlsproxy_workers_ready") == 1
         os.kill(worker, signal.SIGKILL)
         await proxy.until(lambda: is_healthy(proxy, 503), "unhealthy")
         await proxy.until(lambda: is_healthy(proxy, 200), "healthy again")
+        assert await proxy.get() == (200, b"hello")
+        assert await proxy.metric("tlsproxy_handshakes_total", result="ok") == 1
+
+
+def spoil_metrics(pid: int) -> None:
+    store, *_ = [fd for fd in Path(f"/proc/{pid}/fd").iterdir() if "hsm-metrics" in os.readlink(fd)]
+    with store.open("r+b") as file:
+        file.write(b"\xff" * 64)
 
 
 async def is_healthy(proxy: Proxy, status: int) -> bool:
