@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -30,11 +31,12 @@ _LABEL = re.compile(r'([a-z_0-9]+)="([^"]*)"')
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port of 127.0.0.1 that nothing uses, and that no outgoing connection will be given meanwhile."""
+    while True:
+        port = random.randrange(12_000, 32_000)  # below Linux's range of ephemeral ports
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def make_site(directory: Path, keys: Mapping[str, KeyType], name: str = "token") -> SoftTokenFiles:

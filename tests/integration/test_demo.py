@@ -47,16 +47,18 @@ async def demo(directory: Path, *options: str) -> AsyncIterator[Demo]:
         *TLSPROXY, "demo", "--dir", str(directory), *ports, *options, stdout=-1, stderr=-1, start_new_session=True
     )
     assert process.stdout is not None
+    assert process.stderr is not None
     output = ""
     try:
         while "Ctrl-C" not in output:
             line = await asyncio.wait_for(process.stdout.readline(), 60)
-            assert line, output
+            assert line, (await process.stderr.read()).decode()
             output += line.decode()
         yield Demo(process, output, admin_port)
     finally:
         # As a terminal does it: the whole process group gets the signal.
-        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
         _, stderr = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 0, stderr
     assert b"Traceback" not in stderr
