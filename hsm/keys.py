@@ -14,8 +14,8 @@ from hsm.messages import KeyType, SignatureScheme
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
-_CURVES: dict[KeyType, ec.EllipticCurve] = {KeyType.ECDSA_P256: ec.SECP256R1(), KeyType.ECDSA_P384: ec.SECP384R1()}
-_MODULUS_BITS = {KeyType.RSA_2048: 2048, KeyType.RSA_3072: 3072, KeyType.RSA_4096: 4096}
+CURVES: dict[KeyType, ec.EllipticCurve] = {KeyType.ECDSA_P256: ec.SECP256R1(), KeyType.ECDSA_P384: ec.SECP384R1()}
+MODULUS_BITS = {KeyType.RSA_2048: 2048, KeyType.RSA_3072: 3072, KeyType.RSA_4096: 4096}
 _PUBLIC_EXPONENT = 65537
 _HASHES = {"sha256": hashes.SHA256(), "sha384": hashes.SHA384(), "sha512": hashes.SHA512()}
 
@@ -23,8 +23,8 @@ _HASHES = {"sha256": hashes.SHA256(), "sha384": hashes.SHA384(), "sha512": hashe
 def generate_private_key(key_type: KeyType) -> PrivateKey:
     """Return a new private key from OpenSSL's random generator."""
     if key_type.is_rsa:
-        return rsa.generate_private_key(_PUBLIC_EXPONENT, _MODULUS_BITS[key_type])
-    return ec.generate_private_key(_CURVES[key_type])
+        return rsa.generate_private_key(_PUBLIC_EXPONENT, MODULUS_BITS[key_type])
+    return ec.generate_private_key(CURVES[key_type])
 
 
 def key_type_of(key: object) -> KeyType:
@@ -34,12 +34,12 @@ def key_type_of(key: object) -> KeyType:
     """
     if isinstance(key, ec.EllipticCurvePublicKey | ec.EllipticCurvePrivateKey):
         found = f"an EC key on {key.curve.name}"
-        for key_type, curve in _CURVES.items():
+        for key_type, curve in CURVES.items():
             if curve.name == key.curve.name:
                 return key_type
     elif isinstance(key, rsa.RSAPublicKey | rsa.RSAPrivateKey):
         found = f"an RSA key of {key.key_size} bits"
-        for key_type, bits in _MODULUS_BITS.items():
+        for key_type, bits in MODULUS_BITS.items():
             if bits == key.key_size:
                 return key_type
     else:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import assert_never
+from urllib.parse import quote
 
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
@@ -20,12 +21,12 @@ from hsm import metrics
 from hsm.backends._cryptoki import Module
 from hsm.backends.base import Backend, Signer
 from hsm.backends.pkcs11_errors import CKR_SESSION_COUNT, CryptokiError, Remedy
-from hsm.backends.pkcs11_keys import TokenKey
+from hsm.backends.pkcs11_keys import TokenKey, find_keys, generate_key
 from hsm.backends.pkcs11_mechanisms import Recipe, recipes_for
 from hsm.backends.pkcs11_token import OpenToken, TokenKeeper, TokenSelector
 from hsm.errors import KeyNotFound, TokenConfigError, TokenError
 from hsm.keys import is_signature_valid, load_public_key
-from hsm.messages import KeyInfo, SignatureScheme
+from hsm.messages import KeyInfo, KeyType, SignatureScheme
 from hsm.metricstore import MetricStore
 
 _SIGN_ATTEMPTS = 5
@@ -122,15 +123,12 @@ class Pkcs11Backend(Backend):
             PinRefused: the token refuses the PIN.
             TokenError: the token does not work.
         """
+        self._key_references = key_references
         self._store = store
         self._sessions_slot = store.gauge(metrics.SESSIONS, (name, "open"))
         self._reopens_slot = store.counter(metrics.SESSION_REOPENS, (name,))
         self._store_lock = threading.Lock()
-        try:
-            self.module = Module(module_path)
-            self.module.initialize()
-        except (OSError, CryptokiError) as error:
-            raise TokenConfigError(f"{module_path}: expected a PKCS#11 module that works; {error}") from None
+        self.module = _load(module_path)
         try:
             self.token = TokenKeeper(self.module, selector, bytearray(pin), key_references)
             self._signers = self._open_sessions(sessions)
@@ -199,7 +197,8 @@ class Pkcs11Backend(Backend):
             infos.append(KeyInfo(number, key.label, key.key_type, key.public_key, key.id, tuple(working)))
             recipes.update({(number, scheme): recipe for scheme, recipe in working.items()})
         if not infos:
-            raise KeyNotFound("; ".join(problems) or "expected a key that can serve TLS; the token has none")
+            wanted = f"one of {', '.join(self._key_references)}" if self._key_references else "a key that can serve TLS"
+            raise KeyNotFound("; ".join(problems) or f"expected {wanted}; the token has none")
         for problem in problems:
             _log.error("%s", problem)
         return tuple(infos), recipes
@@ -230,3 +229,34 @@ def _ecdsa_der(raw: bytes, curve_bytes: int) -> bytes:
     if len(raw) != 2 * curve_bytes:
         raise TokenError("SIGNATURE_INVALID", f"expected {2 * curve_bytes} bytes of the token; got {len(raw)}")
     return encode_dss_signature(int.from_bytes(raw[:curve_bytes], "big"), int.from_bytes(raw[curve_bytes:], "big"))
+
+
+def _load(path: str) -> Module:
+    try:
+        module = Module(path)
+        module.initialize()
+    except (OSError, CryptokiError) as error:
+        raise TokenConfigError(f"{path}: expected a PKCS#11 module that works; {error}") from None
+    return module
+
+
+def generate_key_on_token(
+    module_path: str, selector: TokenSelector, pin: bytearray, label: str, key_type: KeyType
+) -> TokenKey:
+    """Make a key pair on a token, and return what the token then shows of it.
+
+    Raises TokenConfigError, PinRefused and TokenError as Pkcs11Backend does; ValueError if the label is in use.
+    """
+    module = _load(module_path)
+    try:
+        before = TokenKeeper(module, selector, pin, ()).state
+        if any(key.label == label for key in before.keys):
+            raise ValueError(f"expected a label that is not in use on the token; got {label!r}")
+        try:
+            generate_key(module, before.session, label, key_type)
+            (key,) = find_keys(module, before.session, [f"pkcs11:object={quote(label, safe='')}"])
+        except CryptokiError as error:
+            raise error.token_error(retryable=False) from None
+        return key
+    finally:
+        module.finalize()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +14,20 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from hsm.backends._cryptoki import Module
 from hsm.keyreference import KeyReference
-from hsm.keys import PublicKey, key_type_of, load_public_key, public_key_der
+from hsm.keys import CURVES, MODULUS_BITS, PublicKey, key_type_of, load_public_key, public_key_der
 from hsm.messages import KeyType
 
 MAX_KEYS = 1000
 
 CKA_CLASS, CKA_LABEL, CKA_ID = 0x00, 0x03, 0x102
-CKA_KEY_TYPE, CKA_SIGN = 0x100, 0x108
-CKA_MODULUS, CKA_PUBLIC_EXPONENT, CKA_PUBLIC_KEY_INFO = 0x120, 0x122, 0x129
+CKA_TOKEN, CKA_PRIVATE, CKA_SENSITIVE, CKA_EXTRACTABLE = 0x01, 0x02, 0x103, 0x162
+CKA_KEY_TYPE, CKA_SIGN, CKA_VERIFY = 0x100, 0x108, 0x10A
+CKA_MODULUS, CKA_MODULUS_BITS, CKA_PUBLIC_EXPONENT, CKA_PUBLIC_KEY_INFO = 0x120, 0x121, 0x122, 0x129
 CKA_EC_PARAMS, CKA_EC_POINT, CKA_VALUE = 0x180, 0x181, 0x11
 CKO_CERTIFICATE, CKO_PUBLIC_KEY, CKO_PRIVATE_KEY = 1, 2, 3
 CKK_RSA, CKK_EC = 0, 3
+CKM_RSA_PKCS_KEY_PAIR_GEN, CKM_EC_KEY_PAIR_GEN = 0x00, 0x1040
+_ID_BYTES = 8
 
 _log = logging.getLogger(__name__)
 
@@ -149,3 +153,18 @@ def _from_attributes(module: Module, session: int, handle: int) -> PublicKey | N
         bare_bytes = 1 + 2 * ((curve.key_size + 7) // 8)
         return ec.EllipticCurvePublicKey.from_encoded_point(curve, point[-bare_bytes:])
     raise ValueError("expected an RSA or EC key; got one of another CKA_KEY_TYPE")
+
+
+def generate_key(module: Module, session: int, label: str, key_type: KeyType) -> None:
+    """Make a key pair on the token: for signing, never to leave it. Its CKA_ID is random. Raises CryptokiError."""
+    true, false = b"\x01", b"\x00"
+    common = {CKA_TOKEN: true, CKA_LABEL: label.encode(), CKA_ID: secrets.token_bytes(_ID_BYTES)}
+    public = {**common, CKA_VERIFY: true}
+    private = {**common, CKA_PRIVATE: true, CKA_SENSITIVE: true, CKA_EXTRACTABLE: false, CKA_SIGN: true}
+    if key_type.is_rsa:
+        mechanism = CKM_RSA_PKCS_KEY_PAIR_GEN
+        public |= {CKA_MODULUS_BITS: pack_ulong(MODULUS_BITS[key_type]), CKA_PUBLIC_EXPONENT: b"\x01\x00\x01"}
+    else:
+        mechanism = CKM_EC_KEY_PAIR_GEN
+        public[CKA_EC_PARAMS] = next(der for der, curve in EC_PARAMS.items() if curve.name == CURVES[key_type].name)
+    module.generate_key_pair(session, mechanism, public, private)

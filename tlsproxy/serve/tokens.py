@@ -25,7 +25,9 @@ class TokenGroups:
     def __init__(self, config: Config) -> None:
         """Make the workers' sockets in the runtime directory. Raises StartupError and ConfigError."""
         self._configs = {token.name: token for token in config.hsm.tokens}
-        self._groups = {token.name: _group(token, str(config.runtime_dir)) for token in config.hsm.tokens}
+        self._groups = {
+            token.name: _group(token, _keys_used(config, token.name), config) for token in config.hsm.tokens
+        }
 
     async def __aenter__(self) -> TokenGroups:
         for group in self._groups.values():
@@ -80,16 +82,24 @@ class TokenGroups:
         return tuple(fd for group in self._groups.values() for fd in group.metric_fds)
 
 
-def _group(token: TokenConfig, directory: str) -> WorkerGroup:
+def _keys_used(config: Config, token: str) -> tuple[str, ...]:
+    """Return the keys that certificates have on this token: its workers are to sign with no other."""
+    return tuple(dict.fromkeys(certificate.key for certificate in config.certificates if token in certificate.tokens))
+
+
+def _group(token: TokenConfig, keys: tuple[str, ...], config: Config) -> WorkerGroup:
+    directory = str(config.runtime_dir)
     try:
-        return WorkerGroup(_token(token), directory)
+        return WorkerGroup(
+            _token(token, keys), directory, log_level=config.log.level.value, log_format=config.log.format.value
+        )
     except TokenConfigError as error:
         raise StartupError(f"runtime_dir: {error}") from None
     except OSError as error:
         raise StartupError(f"runtime_dir: cannot use {directory}: {error.strerror}") from None
 
 
-def _token(config: TokenConfig) -> SoftToken | Pkcs11Token:
+def _token(config: TokenConfig, keys: tuple[str, ...]) -> SoftToken | Pkcs11Token:
     pin_file = None if config.pin_file is None else str(config.pin_file)
     if config.kind is TokenKind.SOFT:
         return SoftToken(
@@ -108,5 +118,6 @@ def _token(config: TokenConfig) -> SoftToken | Pkcs11Token:
         pin_file=pin_file,
         pin_env=config.pin_env,
         sessions=config.sessions,
+        keys=keys,
         workers=config.workers,
     )
