@@ -95,17 +95,11 @@ class Exchange:
             self._connection.abort()
             self._connection = None
 
-    def client_writable(self, writable: bool) -> None:
-        """The client can take more of the response, or can't for now."""
-        connection = self._connection
-        if connection is None:
-            return
-        if writable:
-            connection.resume_reading()
+    def client_drained(self) -> None:
+        """The client can take more of the response."""
+        if self._connection is not None:
+            self._connection.resume_reading()
             self._expect_bytes()
-        else:
-            connection.pause_reading()
-            connection.deadline = math.inf
 
     # What the upstream calls.
 

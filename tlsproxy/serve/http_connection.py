@@ -63,15 +63,15 @@ class HttpConnection(ClientConnection):
             self.abort()
 
     def output_writable(self, writable: bool) -> None:
-        """Stop the upstream, and further requests, while the client does not read."""
+        """Take no further requests while the client does not read; the exchange sees to the upstream."""
         if writable:
             self.resume(PauseReason.CLIENT)
             self._set_deadline()
+            if self._exchange is not None:
+                self._exchange.client_drained()
         else:
             self.pause(PauseReason.CLIENT)
             self.deadline = monotonic() + self.runtime.config.timeouts.body_idle_s
-        if self._exchange is not None:
-            self._exchange.client_writable(writable)
 
     def open_timeout(self, now_s: float) -> None:
         """End what takes too long: 408 where a request is missing its rest."""

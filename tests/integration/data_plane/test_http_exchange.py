@@ -8,6 +8,7 @@ import pytest
 
 from tests.backends import BackendConnection, always, answer_each, backend, ok
 from tests.dataplane import big, data_plane, until
+from tlsproxy.config import Balance
 
 GET = "GET / HTTP/1.1\nHost: localhost"
 
@@ -45,9 +46,12 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
 
     async with backend(echo_target) as app, data_plane(app.port) as proxy:
         client = await proxy.connect()
-        await client.send(b"".join(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % n for n in range(50)))
-        for n in range(50):
+        filler = b"x" * 1000
+        requests = [b"GET /%d HTTP/1.1\r\nHost: a\r\nX: %b\r\n\r\n" % (n, filler) for n in range(1000)]
+        sending = asyncio.create_task(client.send(b"".join(requests)))
+        for n in range(1000):
             assert (await client.response()).body == b"/%d" % n
+        await sending
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
@@ -181,6 +185,52 @@ async def test_servers_take_turns() -> None:
         assert sorted(answers) == [b"1"] * 3 + [b"2"] * 3
 
 
+async def test_the_server_with_fewer_requests_under_way_is_asked() -> None:
+    async def slow(connection: BackendConnection) -> None:
+        while await connection.head():
+            await waiting.wait()
+            await connection.send(ok(b"slow"))
+
+    waiting = asyncio.Event()
+    async with (
+        backend(slow) as one,
+        backend(always(ok(b"fast"))) as two,
+        data_plane([one.port, two.port], balance=Balance.LEAST_CONNECTIONS) as proxy,
+    ):
+        first, second = await proxy.connect(), await proxy.connect()
+
+        def slow_has_one() -> bool:
+            return bool(one.received)
+
+        # Ties are broken in turn: of two requests one after the other the slow server gets the first or the second.
+        busy = asyncio.create_task(first.request(GET))
+        await until(lambda: slow_has_one() or busy.done())
+        if not slow_has_one():
+            busy = asyncio.create_task(first.request(GET))
+            await until(slow_has_one)
+        for _ in range(5):
+            assert (await second.request(GET)).body == b"fast"
+        waiting.set()
+        assert (await busy).body == b"slow"
+
+
+async def test_no_more_connections_are_kept_than_configured() -> None:
+    async def slow(connection: BackendConnection) -> None:
+        while await connection.head():
+            await waiting.wait()
+            await connection.send(ok())
+
+    waiting = asyncio.Event()
+    async with backend(slow) as app, data_plane(app.port, keepalive=1) as proxy:
+        clients = [await proxy.connect() for _ in range(3)]
+        requests = [asyncio.create_task(client.request(GET)) for client in clients]
+        await until(lambda: app.received.count(b"GET") == 3)
+        assert proxy.counted("tlsproxy_upstream_connections") == {("app", "active"): 3}
+        waiting.set()
+        await asyncio.gather(*requests)
+        await until(lambda: proxy.counted("tlsproxy_upstream_connections") == {("app", "idle"): 1})
+
+
 async def test_close_notify_after_a_request_still_gets_the_answer() -> None:
     waiting = asyncio.Event()
 
@@ -218,7 +268,7 @@ async def test_draining_ends_idle_connections_and_lets_requests_finish() -> None
         await waiting.wait()
         await connection.send(ok())
 
-    async with backend(slow) as app, data_plane(app.port) as proxy:
+    async with backend(slow) as app, data_plane(app.port, timeouts={"header_s": 1e9}) as proxy:
         idle, busy = await proxy.connect(), await proxy.connect()
         await busy.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         await until(lambda: app.received)

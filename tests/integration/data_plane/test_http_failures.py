@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections.abc import Iterator
 
 import pytest
 
@@ -42,6 +43,39 @@ async def test_another_server_is_tried_when_one_refuses() -> None:
         client = await proxy.connect()
         for _ in range(4):
             assert (await client.request(GET)).status == 200
+
+
+@contextlib.contextmanager
+def full_port() -> Iterator[int]:
+    """Give a port that neither accepts nor refuses: its backlog is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+async def test_a_server_that_does_not_accept_is_504() -> None:
+    with full_port() as port:
+        async with data_plane(port, upstream_timeouts={"connect_s": 0.05}) as proxy:
+            client = await proxy.connect()
+            assert (await client.request(GET)).status == 504
+            assert proxy.counted("tlsproxy_upstream_errors_total") == {("app", "connect_timeout"): 1}
+
+
+async def test_nobody_goes_on_connecting_for_a_client_that_has_left() -> None:
+    with full_port() as port:
+        async with data_plane(port, upstream_timeouts={"connect_s": 1e6}) as proxy:
+            client = await proxy.connect()
+            await client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            connecting = {("app", "connecting"): 1}
+            await until(lambda: proxy.counted("tlsproxy_upstream_connections") == connecting)
+            before = len(asyncio.all_tasks())
+            client.vanish()
+            await until(lambda: not proxy.counted("tlsproxy_upstream_connections"))
+            await until(lambda: len(asyncio.all_tasks()) < before)
 
 
 async def test_a_back_end_that_does_not_answer_is_504() -> None:
@@ -130,6 +164,19 @@ async def test_a_post_is_never_sent_twice() -> None:
         assert (await client.request(GET)).status == 200
         assert (await client.request("POST / HTTP/1.1\nHost: a\nContent-Length: 0")).status == 502
         assert app.received.count(b"POST") == 1
+
+
+async def test_a_body_is_never_sent_twice() -> None:
+    async def one_request(connection: BackendConnection) -> None:
+        await connection.head()
+        await connection.send(ok())
+        await connection.head()
+
+    async with backend(one_request) as app, data_plane(app.port) as proxy:
+        client = await proxy.connect()
+        assert (await client.request(GET)).status == 200
+        assert (await client.request("PUT / HTTP/1.1\nHost: a\nContent-Length: 1", b"x")).status == 502
+        assert app.received.count(b"PUT") == 1
         assert not proxy.counted(RETRIES)
 
 

@@ -79,6 +79,26 @@ async def test_an_idle_tunnel_is_closed() -> None:
         assert client.end == "close_notify"
 
 
+async def test_a_back_end_that_does_not_read_stops_the_client() -> None:
+    async def sluggish(connection: BackendConnection) -> None:
+        await go.wait()
+        await connection.exactly(TOTAL)
+        await connection.send(b"done")
+
+    go = asyncio.Event()
+    async with backend(sluggish) as app, data_plane(app.port, mode=TCP) as proxy:
+        client = await proxy.connect()
+        sending = asyncio.create_task(client.send(bytes(TOTAL)))
+        (connection,) = proxy.runtime._open
+        await until(lambda: connection.is_paused)
+        await asyncio.sleep(0.2)
+        assert not sending.done()
+        go.set()
+        await sending
+        while client.buffer != b"done":
+            assert await client.more()
+
+
 async def test_a_slow_reader_stops_the_back_end() -> None:
     sent = 0
 
