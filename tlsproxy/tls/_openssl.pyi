@@ -1,5 +1,7 @@
 """Types of the compiled module; see _openssl.pyx."""
 
+from tlsproxy.tls.client_hello import ClientHelloFields
+
 OK: int
 """The handshake is complete; or all plaintext was taken; or all was written."""
 WANT_DATA: int
@@ -62,9 +64,8 @@ class Connection:
         """Add ciphertext to what was not consumed yet."""
     def handshake(self) -> int:
         """OK, WANT_DATA, WANT_CERTIFICATE, WANT_SIGNATURE, CLOSE_NOTIFY or FAILED."""
-    def client_hello(self) -> tuple[int, bytes, bytes | None, bytes | None, bytes | None, bytes | None, bytes | None]:
-        """legacy_version, cipher_suites, then the bodies of the extensions server_name, signature_algorithms,
-        supported_groups, supported_versions and ALPN: None where absent."""
+    def client_hello(self) -> tuple[ClientHelloFields, int]:
+        """(the fields, their bytes in all)."""
     def use_context(self, context: Context) -> None: ...
     def signature_request(self) -> tuple[int, int, bytes, int]:
         """(scheme, handle, tbs, longest signature in bytes). ValueError while none is wanted."""

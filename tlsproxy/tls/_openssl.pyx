@@ -281,14 +281,15 @@ cdef class Connection:
         return self._ended(tls_handshake(&self._connection))
 
     def client_hello(self):
-        cdef list fields = []
+        cdef list fields = [self._connection.hello_version]
         cdef const unsigned char *at = self._connection.hello
-        cdef size_t length
+        cdef size_t length, total = 0
         for i in range(TLS_HELLO_FIELDS):
             length = self._connection.hello_len[i]
             fields.append((<const char *>at)[:length] if self._connection.hello_present >> i & 1 else None)
             at += length
-        return self._connection.hello_version, *fields
+            total += length
+        return tuple(fields), total
 
     def use_context(self, Context context not None):
         self._live()

@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
+from typing import TypeAlias
 
 TLS1_2_VERSION = 0x0303
 TLS1_3_VERSION = 0x0304
 
 _HOST_NAME = re.compile(rb"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?")
 _MAX_HOST_NAME_BYTES = 255
+
+
+ClientHelloFields: TypeAlias = "tuple[int, bytes, bytes | None, bytes | None, bytes | None, bytes | None, bytes | None]"
+"""parse_client_hello's arguments."""
 
 
 @dataclass(frozen=True, slots=True)

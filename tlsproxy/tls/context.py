@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,10 +11,15 @@ from dataclasses import dataclass, field
 from hsm.messages import SignatureScheme
 from tlsproxy.tls import _openssl
 from tlsproxy.tls.certificates import Certificate, CertificateError
+from tlsproxy.tls.client_hello import ClientHelloFields, parse_client_hello
 from tlsproxy.tls.engine import TlsConnection
+from tlsproxy.tls.events import ClientHelloReceived
 from tlsproxy.tls.selection import CertificateSelector, tls13_schemes
 
 _MAX_ALPN_BYTES = 255
+_CHOICES_KEPT = 2048
+_MAX_KEPT_BYTES = 2048
+"""A ClientHello larger than this is not kept: it is nobody's usual one."""
 
 _SCHEME_PREFERENCE = (
     SignatureScheme.ECDSA_SECP256R1_SHA256,
@@ -74,7 +80,8 @@ class TlsContext:
             if not 1 <= len(protocol) <= _MAX_ALPN_BYTES:
                 raise ValueError(f"ALPN protocols of 1 to {_MAX_ALPN_BYTES} bytes expected; got {protocol!r}")
         self.certificates = tuple(certificates)
-        self.selector = CertificateSelector(self.certificates)
+        self._selector = CertificateSelector(self.certificates)
+        self._remembered_choice = functools.lru_cache(_CHOICES_KEPT)(self._choose)
         wire_format = b"".join(bytes([len(protocol)]) + protocol for protocol in alpn_protocols)
         self._settings = _openssl.Settings(wire_format)
         self.set_ticket_keys([TicketKey.generate()])
@@ -94,6 +101,19 @@ class TlsContext:
     def connection(self) -> TlsConnection:
         """Return a new connection that waits for a ClientHello."""
         return TlsConnection(self)
+
+    def choose(self, fields: ClientHelloFields, size_bytes: int) -> ClientHelloReceived:
+        """Return what the client says and the certificate it is served. `size_bytes` is the length of all fields.
+
+        Clients of one program differ in little but the name they ask for, so the choice is remembered by the bytes it
+        depends on: to read them takes ten times as long as to find them again.
+        """
+        return self._remembered_choice(fields) if size_bytes <= _MAX_KEPT_BYTES else self._choose(fields)
+
+    def _choose(self, fields: ClientHelloFields) -> ClientHelloReceived:
+        client_hello = parse_client_hello(*fields)
+        certificate = self._selector.select(client_hello)
+        return ClientHelloReceived(client_hello.server_name, client_hello.alpn_protocols, certificate)
 
     def openssl_context(self, certificate: Certificate) -> _openssl.Context:
         """Return the OpenSSL context that serves `certificate`, one of this context's."""

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from hsm.messages import SignatureScheme
 from tlsproxy.tls import _openssl
 from tlsproxy.tls.certificates import Certificate
-from tlsproxy.tls.client_hello import ClientHello, parse_client_hello
 from tlsproxy.tls.errors import (
     ConnectionClosedError,
     HandshakeIncompleteError,
@@ -81,7 +80,7 @@ class TlsConnection:
     def __init__(self, context: TlsContext) -> None:
         self._context = context
         self._certificate: Certificate = context.certificates[0]
-        self._client_hello: ClientHello | None = None
+        self._client_hello: ClientHelloReceived | None = None
         self._scheme: SignatureScheme | None = None
         self._signature_max = 0
         self._ssl = _openssl.Connection(context.openssl_context(self._certificate))
@@ -236,11 +235,11 @@ class TlsConnection:
         return events
 
     def _choose_certificate(self) -> ClientHelloReceived:
-        client_hello = parse_client_hello(*self._ssl.client_hello())
-        self._client_hello = client_hello
-        self._certificate = self._context.selector.select(client_hello)
-        self._ssl.use_context(self._context.openssl_context(self._certificate))
-        return ClientHelloReceived(client_hello.server_name, client_hello.alpn_protocols, self._certificate)
+        chosen = self._context.choose(*self._ssl.client_hello())
+        self._client_hello = chosen
+        self._certificate = chosen.certificate
+        self._ssl.use_context(self._context.openssl_context(chosen.certificate))
+        return chosen
 
     def _suspend(self) -> SignatureNeeded:
         scheme, handle, tbs, self._signature_max = self._ssl.signature_request()

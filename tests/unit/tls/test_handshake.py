@@ -108,6 +108,20 @@ def test_two_key_types_for_one_name(
     assert handshake.client.connected
 
 
+def test_a_remembered_choice_is_no_other_clients(authority: Authority, signer: Signer):
+    """One context: every second client comes with a name or a version that an earlier one of its kind did not have."""
+    contexts = [client_context(authority, tls12=tls12) for tls12 in (False, True)]
+    context = TlsContext([signer.certificate(KeyType.ECDSA_P256, name) for name in ("a.example", "b.example")])
+    long_name = "x" * 40 + ".a" * 100
+    for _ in range(2):
+        for client_tls, version in zip(contexts, ("TLSv1.3", "TLSv1.2"), strict=True):
+            client_tls.check_hostname = False
+            for name, expected in (("a.example", "a.example"), ("b.example", "b.example"), (long_name, "a.example")):
+                complete = shake_hands(context, Client(client_tls, name), signer).event(HandshakeComplete)
+                assert (complete.server_name, complete.tls_version) == (name, version)
+                assert complete.certificate.dns_names == (expected,)
+
+
 def test_our_order_of_alpn_protocols_decides(authority: Authority, signer: Signer):
     context = TlsContext([signer.certificate(KeyType.ECDSA_P256, HOST)], alpn_protocols=[b"first", b"second"])
     handshake = shake_hands(context, Client(client_context(authority, alpn=["second", "first"])), signer)
