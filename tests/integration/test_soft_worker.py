@@ -186,8 +186,13 @@ def test_takes_frames_in_any_pieces(client: WorkerClient) -> None:
 
 
 def test_answers_what_it_has_and_ends_on_sigterm(worker: WorkerProcess, client: WorkerClient) -> None:
-    assert client.ask(request())[0].status is Status.OK
-    assert worker.stop()[0] == 0
+    frames = [encode_request(request(number, 2, SignatureScheme.RSA_PSS_RSAE_SHA256)) for number in range(100)]
+    client.socket.sendall(b"".join(frames))
+    replies = client.receive(1)  # the worker has read all of them, in one piece, and has most still to sign
+    worker.process.send_signal(signal.SIGTERM)
+    replies += client.receive(100 - len(replies))
+    assert {reply.id for reply in replies if reply.status is Status.OK} == set(range(100))
+    assert worker.wait()[0] == 0
     with pytest.raises((EOFError, ConnectionResetError)):
         client.receive(1)
 
