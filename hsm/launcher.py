@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hsm.errors import TokenConfigError
+from hsm.logs import LogFormat, LogLevel
 from hsm.messages import KeyInfo
 from hsm.metricstore import create_store
 from hsm.pool import SignerPool, TokenEndpoints
@@ -66,8 +67,15 @@ class Pkcs11Token:
 class WorkerGroup:
     """The workers of one token, and their sockets in a directory that only this user can enter."""
 
-    def __init__(self, token: SoftToken | Pkcs11Token, directory: str) -> None:
-        """Make the sockets, in `directory` (made with mode 0700 if it is not there).
+    def __init__(
+        self,
+        token: SoftToken | Pkcs11Token,
+        directory: str,
+        *,
+        log_level: LogLevel = "info",
+        log_format: LogFormat = "text",
+    ) -> None:
+        """Make the sockets, in `directory` (made with mode 0700 if it is not there). Workers log to stderr.
 
         Raises TokenConfigError, and OSError when a socket cannot be made.
         """
@@ -79,7 +87,7 @@ class WorkerGroup:
         self._listeners = [_listen(path) for path in self._paths]
         self.metric_fds = tuple(create_store() for _ in self._paths)
         """The workers' MetricStores: they last as long as the group, whatever happens to a worker."""
-        fields = _spec_fields(token)
+        fields = _spec_fields(token) | {"log_level": log_level, "log_format": log_format}
         self._workers = [
             WorkerProcess(fields | {"listen_fd": listener.fileno(), "metrics_fd": metrics_fd})
             for listener, metrics_fd in zip(self._listeners, self.metric_fds, strict=True)

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import assert_never
 
-from hsm import serving_inline, serving_threaded
+from hsm import logs, serving_inline, serving_threaded
 from hsm.backends.base import Backend
 from hsm.backends.pkcs11 import Pkcs11Backend
 from hsm.backends.pkcs11_token import TokenSelector
@@ -48,9 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"hsm worker: the specification on the inherited descriptor: {error}\n")
         return _EXIT_PERMANENT
-    logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s %(levelname)s hsm worker {spec.token}[%(process)d]: %(message)s"
-    )
+    logs.configure(spec.log_level, spec.log_format, f"hsm-worker-{spec.token}")
     inherited = (spec_fd, spec.listen_fd, spec.status_fd, spec.metrics_fd)
     close_descriptors(fd for fd in inherited if fd is not None)
     try:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hsm.keyreference import KeyReference
+from hsm.logs import LogFormat, LogLevel
 
 SPEC_FD = 3
 """The descriptor `python -m hsm.worker` reads its WorkerSpec from, unless told another as its one argument."""
@@ -56,6 +57,8 @@ class WorkerSpec:
     """Clients must have this uid (SO_PEERCRED) or the worker's own."""
     max_in_flight: int = 128
     """Requests one connection may have unanswered: the window of the worker's Hello."""
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
     hang_limit_s: float = 30.0
     """The worker ends itself when one signature takes longer: only a new process can shake off a hung token."""
 

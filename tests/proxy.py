@@ -200,6 +200,9 @@ async def running_proxy(
     try:
         await _wait_ready(proxy)
         yield proxy
+    except BaseException:
+        sys.stderr.write(proxy.log)  # pytest shows it with the failure
+        raise
     finally:
         if process.returncode is None:
             await proxy.stop()

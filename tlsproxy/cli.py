@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 import uvloop
 
 import tlsproxy
+from hsm import logs
 from hsm.errors import HsmError
 from hsm.messages import KeyType
 from tlsproxy import demo
 from tlsproxy.config_yaml import load_config
 from tlsproxy.errors import ConfigError, StartupError
-from tlsproxy.serve import logs
 from tlsproxy.serve.materials import check_tokens, load_materials
 from tlsproxy.serve.supervisor import Supervisor
 
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     config = load_config(options.config)
     materials = load_materials(config)
-    logs.configure(config.log, "supervisor")
+    logs.configure(config.log.level.value, config.log.format.value, "supervisor")
     uvloop.run(Supervisor(config, materials).run())
     return 0
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
+from hsm import logs
 from hsm.errors import TokenFileError
 from hsm.keys import generate_private_key, load_public_key
 from hsm.messages import KeyInfo, KeyType
@@ -27,7 +28,6 @@ from hsm.pki import make_demo_ca
 from hsm.vault import Vault, read_public_keys
 from tlsproxy.config_yaml import load_config
 from tlsproxy.errors import StartupError
-from tlsproxy.serve import logs
 from tlsproxy.serve.materials import load_materials
 from tlsproxy.serve.supervisor import Supervisor
 
@@ -87,7 +87,7 @@ async def run(settings: DemoSettings) -> None:
             )
         )
         config = load_config(str(config_file))
-        logs.configure(config.log, "supervisor")
+        logs.configure(config.log.level.value, config.log.format.value, "supervisor")
         await Supervisor(config, load_materials(config), on_ready=lambda: _announce(settings)).run()
 
 

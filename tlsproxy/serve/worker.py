@@ -17,12 +17,12 @@ from time import monotonic
 
 import uvloop
 
+from hsm import logs
 from hsm.errors import SignerUnavailable
 from hsm.metricstore import MetricStore
 from hsm.pool import SignerPool
 from tlsproxy import metrics
 from tlsproxy.config import ListenerMode
-from tlsproxy.serve import logs
 from tlsproxy.serve.control import Drain, NewTicketKeys, ProxyWorkerSpec, State, Status, decode_commands
 from tlsproxy.serve.counting import ListenerMetrics, UpstreamMetrics
 from tlsproxy.serve.listener import ListenerRuntime
@@ -212,7 +212,8 @@ def main(arguments: Sequence[str]) -> int:
         spec, received = _receive_spec(control)
     except (EOFError, OSError):
         return 1
-    logs.configure(spec.config.log, f"proxy-{spec.index}")
+    log = spec.config.log
+    logs.configure(log.level.value, log.format.value, f"proxy-{spec.index}")
     try:
         uvloop.run(_serve(spec, control, received))
     except Exception as error:

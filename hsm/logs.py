@@ -12,9 +12,7 @@ import logging
 import os
 import re
 import sys
-from typing import Any, Final
-
-from tlsproxy.config import LogConfig, LogFormat
+from typing import Any, Final, Literal
 
 _STANDARD_ATTRIBUTES: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 _PLAIN_TEXT: Final = re.compile(r"[!#-<>-\[\]-~]+")
@@ -22,13 +20,17 @@ _PLAIN_TEXT: Final = re.compile(r"[!#-<>-\[\]-~]+")
 MAX_FIELD_CHARACTERS: Final = 2048
 
 
-def configure(config: LogConfig, process: str) -> None:
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["json", "text"]
+
+
+def configure(level: LogLevel, line_format: LogFormat, process: str) -> None:
     """Send every logger of this process to stderr; `process` names it in each line."""
     handler = StderrHandler()
-    handler.setFormatter(JsonFormatter(process) if config.format is LogFormat.JSON else TextFormatter(process))
+    handler.setFormatter(JsonFormatter(process) if line_format == "json" else TextFormatter(process))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(config.level.name)
+    root.setLevel(level.upper())
     logging.raiseExceptions = False
 
 

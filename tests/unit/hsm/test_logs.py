@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tlsproxy.serve.logs import JsonFormatter, TextFormatter
+from hsm.logs import JsonFormatter, TextFormatter
 
 FORGED = 'x\n2026-01-01T00:00:00Z error "\x1b[31m\u2028\udc80 done'
 
