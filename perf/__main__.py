@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from perf import handshakes, hsm, pool, storm
+from perf import cluster, handshakes, hsm, pool, storm
 
 
 def main() -> int:
     """Parse the command line and run one measurement."""
     parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
     subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
-    for name, module in {"handshakes": handshakes, "hsm": hsm, "pool": pool, "storm": storm}.items():
+    modules = {"cluster": cluster, "handshakes": handshakes, "hsm": hsm, "pool": pool, "storm": storm}
+    for name, module in modules.items():
         summary = (module.__doc__ or "").partition("\n")[0]
         subparser = subcommands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(subparser)

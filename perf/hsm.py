@@ -68,8 +68,10 @@ async def _measure(arguments: argparse.Namespace, token: Pkcs11Token, directory:
         async with SignerPool([group.endpoints]) as pool:
             await pool.wait_ready(30)
             load = SignatureLoad(pool, pool.key("www"), _SCHEME)
-            await measure_turn(load, group, concurrency, arguments.seconds)
-            turns = [await measure_turn(load, group, concurrency, arguments.seconds) for _ in range(arguments.turns)]
+            await measure_turn(load, group.pids, concurrency, arguments.seconds)
+            turns = [
+                await measure_turn(load, group.pids, concurrency, arguments.seconds) for _ in range(arguments.turns)
+            ]
     finally:
         await group.stop()
     signed, worker_us, client_us = zip(*turns, strict=True)

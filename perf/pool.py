@@ -11,6 +11,7 @@ import asyncio
 import os
 import secrets
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -102,9 +103,9 @@ async def _measure(arguments: argparse.Namespace, token: SoftToken, directory: s
             await asyncio.sleep(0.1)
             scheme = _SCHEMES.get(arguments.key_type, SignatureScheme.RSA_PSS_RSAE_SHA256)
             load = SignatureLoad(pool, pool.key("key"), scheme)
-            await measure_turn(load, group, arguments.concurrency, arguments.seconds)
+            await measure_turn(load, group.pids, arguments.concurrency, arguments.seconds)
             turns = [
-                await measure_turn(load, group, arguments.concurrency, arguments.seconds)
+                await measure_turn(load, group.pids, arguments.concurrency, arguments.seconds)
                 for _ in range(arguments.turns)
             ]
     finally:
@@ -117,16 +118,16 @@ async def _measure(arguments: argparse.Namespace, token: SoftToken, directory: s
 
 
 async def measure_turn(
-    load: SignatureLoad, group: WorkerGroup, concurrency: int, seconds: float
+    load: SignatureLoad, pids: Sequence[int], concurrency: int, seconds: float
 ) -> tuple[float, float, float]:
-    """Return signatures per second, worker and client CPU microseconds per signature."""
+    """Return signatures per second, CPU microseconds per signature of the workers (`pids`) and of this process."""
     loop = asyncio.get_running_loop()
     load.start(concurrency)
     await asyncio.sleep(0.2)
     signed, begun_s = load.signatures, loop.time()
-    worker_s, client_s = total_cpu_seconds(group.pids), cpu_seconds(os.getpid())
+    worker_s, client_s = total_cpu_seconds(pids), cpu_seconds(os.getpid())
     await asyncio.sleep(seconds)
-    worker_s, client_s = total_cpu_seconds(group.pids) - worker_s, cpu_seconds(os.getpid()) - client_s
+    worker_s, client_s = total_cpu_seconds(pids) - worker_s, cpu_seconds(os.getpid()) - client_s
     signed, elapsed_s = load.signatures - signed, loop.time() - begun_s
     await load.stop()
     return signed / elapsed_s, worker_s / signed * 1e6, client_s / signed * 1e6
