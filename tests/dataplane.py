@@ -276,7 +276,7 @@ class TlsClient:
         if self.end:
             return False
         try:
-            data = await self.reader.read(1 << 18)
+            data = await asyncio.wait_for(self.reader.read(1 << 18), 30)
         except ConnectionError:
             self.end = "reset"
             return False

@@ -406,3 +406,6 @@ async def test_other_limits(limit: str) -> None:
         with contextlib.suppress(ConnectionError):
             await waiting.shake_hands()
         assert (await waiting.request(GET)).status == 200
+        waiting.vanish()
+        await until(lambda: proxy.runtime.connections == 0)
+        assert (await (await proxy.connect()).request(GET)).status == 200
