@@ -135,6 +135,8 @@ class _Server:
         """Give each client that waits one slice."""
         for _ in range(len(self._busy)):
             client = self._busy.popleft()
+            if not client.waiting:
+                continue  # dropped since it was put here
             try:
                 self._serve_slice(client)
             except (ClientGoneError, ProtocolError) as error:

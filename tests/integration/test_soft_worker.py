@@ -178,6 +178,20 @@ def test_survives_clients_that_vanish(worker: WorkerProcess, client: WorkerClien
     assert len(os.listdir(f"/proc/{worker.process.pid}/fd")) <= before + 1
 
 
+def test_survives_clients_that_vanish_while_their_requests_wait(worker: WorkerProcess, client: WorkerClient) -> None:
+    rsa_frames = [encode_request(request(number, 2, SignatureScheme.RSA_PSS_RSAE_SHA256)) for number in range(50)]
+    for _ in range(10):
+        # Several, so that one is gone while another is served: its requests are then found and it is not.
+        vanishing = [WorkerClient(worker.socket_path) for _ in range(4)]
+        for one in vanishing:
+            one.socket.sendall(b"".join(rsa_frames))
+        for one in vanishing:
+            one.receive(1)
+            one.socket.close()
+    assert client.ask(request())[0].status is Status.OK
+    assert worker.process.poll() is None
+
+
 def test_takes_frames_in_any_pieces(client: WorkerClient) -> None:
     frames = b"".join(encode_request(request(number)) for number in range(3))
     for position in range(len(frames)):
