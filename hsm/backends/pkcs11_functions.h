@@ -132,7 +132,7 @@ typedef struct {
     void *C_SignEncryptUpdate;
     void *C_DecryptVerifyUpdate;
     void *C_GenerateKey;
-    CK_ULONG (*C_GenerateKeyPair)
+    CK_ULONG(*C_GenerateKeyPair)
     (CK_ULONG session, CK_MECHANISM *, CK_ATTRIBUTE *public_template, CK_ULONG public_count,
      CK_ATTRIBUTE *private_template, CK_ULONG private_count, CK_ULONG *public_key, CK_ULONG *private_key);
 } CK_FUNCTION_LIST;
