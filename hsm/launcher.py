@@ -64,12 +64,28 @@ class Pkcs11Token:
     workers: int = 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AwsKmsToken:
+    """Keys in AWS KMS, in one region: key ids, ARNs or `alias/NAME`. The credentials are what botocore finds."""
+
+    kind: ClassVar[str] = "awskms"
+    name: str
+    region: str
+    keys: tuple[str, ...]
+    endpoint_url: str | None = None
+    sessions: int = 1
+    workers: int = 1
+
+
+Token = SoftToken | Pkcs11Token | AwsKmsToken
+
+
 class WorkerGroup:
     """The workers of one token, and their sockets in a directory that only this user can enter."""
 
     def __init__(
         self,
-        token: SoftToken | Pkcs11Token,
+        token: Token,
         directory: str,
         *,
         log_level: LogLevel = "info",
@@ -141,7 +157,7 @@ class WorkerGroup:
 
 
 @contextlib.asynccontextmanager
-async def open_pool(tokens: Sequence[SoftToken | Pkcs11Token], **options: Any) -> AsyncIterator[SignerPool]:
+async def open_pool(tokens: Sequence[Token], **options: Any) -> AsyncIterator[SignerPool]:
     """Start the workers of `tokens` and give a SignerPool of them (with its `options`) while the context lasts.
 
     Raises TokenConfigError, WorkerFailed and SignerUnavailable.
@@ -161,7 +177,7 @@ async def open_pool(tokens: Sequence[SoftToken | Pkcs11Token], **options: Any) -
                 await group.stop()
 
 
-def _spec_fields(token: SoftToken | Pkcs11Token) -> dict[str, Any]:
+def _spec_fields(token: Token) -> dict[str, Any]:
     """Return the fields of a WorkerSpec that say which token."""
     fields = dataclasses.asdict(token)
     del fields["workers"]

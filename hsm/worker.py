@@ -15,10 +15,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import assert_never
 
 from hsm import logs, serving_inline, serving_threaded
+from hsm.backends.awskms import AwsKmsBackend
 from hsm.backends.base import Backend
 from hsm.backends.pkcs11 import Pkcs11Backend
 from hsm.backends.pkcs11_token import TokenSelector
@@ -82,27 +83,41 @@ def _run(spec: WorkerSpec, spec_fd: int) -> None:
 
 def _open_backend(spec: WorkerSpec, store: MetricStore) -> tuple[Backend, _Serve]:
     """Return the opened token, and what serves a token of its kind."""
+    match spec.kind:
+        case "soft":
+            assert spec.path is not None
+            with _pin(spec) as pin:
+                return SoftBackend(spec.path, pin), serving_inline.serve
+        case "pkcs11":
+            return _open_pkcs11(spec, store), serving_threaded.serve
+        case "awskms":
+            assert spec.region is not None
+            kms = AwsKmsBackend(spec.keys, region=spec.region, endpoint_url=spec.endpoint_url, sessions=spec.sessions)
+            return kms, serving_threaded.serve
+        case _:
+            assert_never(spec.kind)
+
+
+def _open_pkcs11(spec: WorkerSpec, store: MetricStore) -> Pkcs11Backend:
+    assert spec.module is not None
+    selector = TokenSelector(spec.token_label, spec.token_serial, spec.slot)
+    with _pin(spec) as pin:
+        return Pkcs11Backend(
+            spec.module,
+            selector,
+            pin,
+            sessions=spec.sessions,
+            key_references=spec.keys,
+            name=spec.token,
+            store=store,
+        )
+
+
+@contextlib.contextmanager
+def _pin(spec: WorkerSpec) -> Iterator[bytearray]:
     pin = read_pin(spec.pin_file, spec.pin_env)
     try:
-        match spec.kind:
-            case "soft":
-                assert spec.path is not None
-                return SoftBackend(spec.path, pin), serving_inline.serve
-            case "pkcs11":
-                assert spec.module is not None
-                selector = TokenSelector(spec.token_label, spec.token_serial, spec.slot)
-                backend = Pkcs11Backend(
-                    spec.module,
-                    selector,
-                    pin,
-                    sessions=spec.sessions,
-                    key_references=spec.keys,
-                    name=spec.token,
-                    store=store,
-                )
-                return backend, serving_threaded.serve
-            case _:
-                assert_never(spec.kind)
+        yield pin
     finally:
         wipe(pin)
 

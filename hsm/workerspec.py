@@ -31,22 +31,26 @@ class WorkerSpec:
 
     token: str
     """The token's configured name, as in metrics."""
-    kind: Literal["soft", "pkcs11"]
+    kind: Literal["soft", "pkcs11", "awskms"]
     path: str | None = None
     """The soft token's file."""
     pin_file: str | None = None
     pin_env: str | None = None
-    """Where the PIN is: exactly one of a file and an environment variable's name."""
+    """Where the PIN is: exactly one of a file and an environment variable's name; AWS KMS has none."""
     module: str | None = None
     """The PKCS#11 library."""
     token_label: str | None = None
     token_serial: str | None = None
     slot: int | None = None
     """At least one of the three finds the PKCS#11 token."""
+    region: str | None = None
+    endpoint_url: str | None = None
+    """AWS KMS: where it is; without a URL, the region's own endpoint."""
     sessions: int = 1
-    """PKCS#11 sessions, each signing one at a time."""
+    """PKCS#11 sessions or connections to AWS KMS, each signing one at a time."""
     keys: tuple[str, ...] = ()
-    """Labels or pkcs11: URIs of the keys the worker of a PKCS#11 token may sign with; none: all that can serve TLS."""
+    """The keys the worker may sign with. PKCS#11: labels or pkcs11: URIs; none means all that can serve TLS. AWS KMS:
+    key ids, ARNs or aliases."""
     listen_fd: int
     """A listening Unix stream socket."""
     status_fd: int
@@ -75,8 +79,13 @@ class WorkerSpec:
             value = getattr(self, field)
             if value is not None and not low <= value <= high:
                 raise WorkerSpecError(f"{field}: expected {low} to {high}; got {value}")
-        if (self.pin_file is None) == (self.pin_env is None):
-            raise WorkerSpecError("pin_file, pin_env: expected exactly one of them")
+        pins = (self.pin_file is not None) + (self.pin_env is not None)
+        if pins != (self.kind != "awskms"):
+            raise WorkerSpecError(
+                f"pin_file, pin_env: expected {'none' if self.kind == 'awskms' else 'exactly one'} of them"
+            )
+        if self.kind == "awskms" and self.region is None:
+            raise WorkerSpecError("region: expected an AWS region; got nothing")
         if self.kind == "soft" and self.path is None:
             raise WorkerSpecError("path: expected the token's file; got nothing")
         if self.kind == "pkcs11":

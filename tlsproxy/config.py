@@ -71,6 +71,7 @@ class TokenKind(str, enum.Enum):
 
     SOFT = "soft"
     PKCS11 = "pkcs11"
+    AWSKMS = "awskms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,11 @@ class TokenConfig:
     token_label: str | None
     token_serial: str | None
     slot: int | None
+    region: str | None
+    endpoint_url: str | None
+    """awskms: where it is; without a URL, the region's own endpoint."""
     sessions: int
-    """pkcs11: PKCS#11 sessions, and so signatures at a time, for each worker."""
+    """pkcs11, awskms: PKCS#11 sessions or connections, and so signatures at a time, for each worker."""
     origin: Origin
 
 

@@ -40,6 +40,8 @@ from tlsproxy.errors import ConfigError, Problem
 from tlsproxy.yaml_nodes import MAX_FILE_BYTES, Document, InvalidValueError, MappingReader, Value
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-[0-9]+")
+_HTTPS_URL = re.compile(r"https://[!-~]+|http://(127\.0\.0\.1|localhost)(:[0-9]+)?/?")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _HOST_LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _ROUTE_HOST = re.compile(rf"\*|(?:\*\.)?{_HOST_LABEL}(?:\.{_HOST_LABEL})*|\d+(?:\.\d+){{3}}|\[[0-9a-f:.]+\]")
@@ -127,23 +129,29 @@ def _token(value: Value) -> TokenConfig:
     reader = value.mapping()
     name = reader.required("name", _name, "")
     kind = reader.required("kind", lambda item: item.choice(TokenKind), TokenKind.SOFT)
-    path = module = token_label = token_serial = slot = None
+    path = module = token_label = token_serial = slot = region = endpoint_url = None
     sessions = 1
     if kind is TokenKind.SOFT:
         path = reader.required("path", Value.path_name, None)
     else:
+        sessions = reader.optional("sessions", lambda item: item.integer(1, 1024), 16)
+    if kind is TokenKind.PKCS11:
         module = reader.required("module", Value.path_name, None)
         token_label = reader.optional("token_label", Value.text, None)
         token_serial = reader.optional("token_serial", Value.text, None)
         slot = reader.optional("slot", lambda item: item.integer(0, (1 << 63) - 1), None)
-        sessions = reader.optional("sessions", lambda item: item.integer(1, 1024), 16)
         if not any(map(reader.get, ("token_label", "token_serial", "slot"))):
             value.note("expected token_label, token_serial or slot; got none of them")
-    pin_file = reader.optional("pin_file", lambda item: item.path_name(secret=True), None)
-    pin_env = reader.optional("pin_env", _environment_name, None)
-    given = [key for key in ("pin_file", "pin_env") if reader.get(key) is not None]
-    if len(given) != 1:
-        value.note(f"expected exactly one of pin_file and pin_env; got {'both' if given else 'neither'}")
+    pin_file = pin_env = None
+    if kind is TokenKind.AWSKMS:
+        region = reader.required("region", _region, "")
+        endpoint_url = reader.optional("endpoint_url", _https_url, None)
+    else:
+        pin_file = reader.optional("pin_file", lambda item: item.path_name(secret=True), None)
+        pin_env = reader.optional("pin_env", _environment_name, None)
+        given = [key for key in ("pin_file", "pin_env") if reader.get(key) is not None]
+        if len(given) != 1:
+            value.note(f"expected exactly one of pin_file and pin_env; got {'both' if given else 'neither'}")
     workers = reader.optional("workers", lambda item: item.integer(1, 256), _cores() if kind is TokenKind.SOFT else 1)
     reader.finish()
     return TokenConfig(
@@ -157,9 +165,19 @@ def _token(value: Value) -> TokenConfig:
         token_label=token_label,
         token_serial=token_serial,
         slot=slot,
+        region=region,
+        endpoint_url=endpoint_url,
         sessions=sessions,
         origin=value.origin,
     )
+
+
+def _region(value: Value) -> str:
+    return value.text("an AWS region such as eu-central-1", _REGION)
+
+
+def _https_url(value: Value) -> str:
+    return value.text("a URL such as https://HOST (http only on loopback)", _HTTPS_URL)
 
 
 def _environment_name(value: Value) -> str:

@@ -6,9 +6,10 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from types import TracebackType
+from typing import assert_never
 
 from hsm.errors import TokenConfigError, WorkerFailed
-from hsm.launcher import Pkcs11Token, SoftToken, WorkerGroup
+from hsm.launcher import AwsKmsToken, Pkcs11Token, SoftToken, Token, WorkerGroup
 from hsm.pool import TokenEndpoints
 from tlsproxy.config import Config, TokenConfig, TokenKind
 from tlsproxy.errors import ConfigError, Problem, StartupError
@@ -68,7 +69,7 @@ class TokenGroups:
             _logger.warning("starting without a token", extra={"reason": reason})
 
     def _token_problem(self, name: str, group: WorkerGroup) -> Problem:
-        key = "path" if self._configs[name].kind is TokenKind.SOFT else "module"
+        key = {TokenKind.SOFT: "path", TokenKind.PKCS11: "module", TokenKind.AWSKMS: "region"}[self._configs[name].kind]
         return self._configs[name].origin.problem(key, f"expected a token that opens; got: {group.failure}")
 
     @property
@@ -99,25 +100,39 @@ def _group(token: TokenConfig, keys: tuple[str, ...], config: Config) -> WorkerG
         raise StartupError(f"runtime_dir: cannot use {directory}: {error.strerror}") from None
 
 
-def _token(config: TokenConfig, keys: tuple[str, ...]) -> SoftToken | Pkcs11Token:
+def _token(config: TokenConfig, keys: tuple[str, ...]) -> Token:
     pin_file = None if config.pin_file is None else str(config.pin_file)
-    if config.kind is TokenKind.SOFT:
-        return SoftToken(
-            name=config.name,
-            path=str(config.path),
-            pin_file=pin_file,
-            pin_env=config.pin_env,
-            workers=config.workers,
-        )
-    return Pkcs11Token(
-        name=config.name,
-        module=str(config.module),
-        token_label=config.token_label,
-        token_serial=config.token_serial,
-        slot=config.slot,
-        pin_file=pin_file,
-        pin_env=config.pin_env,
-        sessions=config.sessions,
-        keys=keys,
-        workers=config.workers,
-    )
+    match config.kind:
+        case TokenKind.SOFT:
+            return SoftToken(
+                name=config.name,
+                path=str(config.path),
+                pin_file=pin_file,
+                pin_env=config.pin_env,
+                workers=config.workers,
+            )
+        case TokenKind.PKCS11:
+            return Pkcs11Token(
+                name=config.name,
+                module=str(config.module),
+                token_label=config.token_label,
+                token_serial=config.token_serial,
+                slot=config.slot,
+                pin_file=pin_file,
+                pin_env=config.pin_env,
+                sessions=config.sessions,
+                keys=keys,
+                workers=config.workers,
+            )
+        case TokenKind.AWSKMS:
+            assert config.region is not None
+            return AwsKmsToken(
+                name=config.name,
+                region=config.region,
+                endpoint_url=config.endpoint_url,
+                sessions=config.sessions,
+                keys=keys,
+                workers=config.workers,
+            )
+        case _:
+            assert_never(config.kind)

@@ -125,7 +125,7 @@ MISTAKES = [
     ("hsm:", "log: [1, 2]\nhsm:", "1:6: log:", "expected a mapping; got a list of 2"),
     ("hsm:", "log: {level: loud}\nhsm:", "1:14: log.level:", "expected debug or info or warning or error; got 'loud'"),
     ("hsm:", "runtime_dir:\nhsm:", "1:13: runtime_dir:", "expected a path; got nothing"),
-    ("kind: soft", "kind: hard", "3:27: hsm.tokens[0].kind:", "expected soft or pkcs11; got 'hard'"),
+    ("kind: soft", "kind: hard", "3:27: hsm.tokens[0].kind:", "expected soft or pkcs11 or awskms; got 'hard'"),
     ("path: token, ", "", "3:7: hsm.tokens[0]:", "expected the key 'path'; got none"),
     (", pin_file: token.pin", "", "3:7: hsm.tokens[0]:", "expected exactly one of pin_file and pin_env; got neither"),
     (
@@ -295,3 +295,30 @@ def test_a_missing_file_is_one_problem() -> None:
         ConfigError, match=r"^/nowhere/p\.yaml:1:1: \(file\): expected a readable file; got No such file"
     ):
         load_config("/nowhere/p.yaml")
+
+
+AWS_KMS = MINIMAL.replace("kind: soft, path: token, pin_file: token.pin", "kind: awskms, region: eu-central-1")
+
+
+def test_keys_in_aws_kms() -> None:
+    (token,) = parse(AWS_KMS).hsm.tokens
+    assert (token.kind, token.region, token.endpoint_url) == (TokenKind.AWSKMS, "eu-central-1", None)
+    assert (token.sessions, token.workers, token.pin_file) == (16, 1, None)
+    (token,) = parse(AWS_KMS.replace("eu-central-1", "us-gov-west-1, endpoint_url: 'https://kms.test'")).hsm.tokens
+    assert (token.region, token.endpoint_url) == ("us-gov-west-1", "https://kms.test")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("sessions: 4", "hsm.tokens[0]: expected the key 'region'; got none"),
+        ("region: Frankfurt", "hsm.tokens[0].region: expected an AWS region such as eu-central-1; got 'Frankfurt'"),
+        (
+            "region: eu-west-1, endpoint_url: 'http://kms.test'",
+            "endpoint_url: expected a URL such as https://HOST (http only on loopback); got 'http://kms.test'",
+        ),
+        ("region: eu-west-1, pin_file: x", "hsm.tokens[0].pin_file: expected"),
+    ],
+)
+def test_a_mistake_about_aws_kms_is_told(fields: str, message: str) -> None:
+    assert message in problems(AWS_KMS.replace("region: eu-central-1", fields))[0]

@@ -34,7 +34,7 @@ def test_what_is_written_is_read_again(spec: WorkerSpec) -> None:
         ({"max_in_flight": 0}, "max_in_flight: expected 1 to 1024"),
         ({"hang_limit_s": 0}, "hang_limit_s: expected 0.1 to"),
         ({"hang_limit_s": float("nan")}, "hang_limit_s: expected 0.1 to"),
-        ({"kind": "cloud"}, "kind: expected 'soft' or 'pkcs11'; got 'cloud'"),
+        ({"kind": "cloud"}, "kind: expected 'soft' or 'pkcs11' or 'awskms'; got 'cloud'"),
         ({"kind": ["soft"]}, "kind: expected 'soft' or 'pkcs11'"),
         ({"kind": "pkcs11"}, "module: expected the PKCS#11 library"),
         ({"kind": "pkcs11", "module": "/m.so"}, "token_label, token_serial, slot: expected at least one"),
