@@ -18,7 +18,6 @@ from time import monotonic
 import uvloop
 
 from hsm import logs
-from hsm.errors import SignerUnavailable
 from hsm.metricstore import MetricStore
 from hsm.pool import SignerPool
 from tlsproxy import metrics
@@ -35,7 +34,7 @@ _ORPHAN_DRAIN_S = 5.0
 _DRAIN_POLL_S = 0.05
 _LAG_INTERVAL_S = 0.25
 _TOKENS_TIMEOUT_S = 3.0
-"""With a token away, established clients' resumptions and the other tokens' certificates still work."""
+"""Even while a certificate's tokens are all away, resumed sessions and other certificates work."""
 _UPSTREAM_SWEEP_S = 1.0
 _MAX_SPEC_READ = 1 << 16
 
@@ -96,17 +95,28 @@ class Worker:
         return context
 
     async def start(self) -> None:
-        """Accept connections, on the sockets inherited, once all tokens are reached or _TOKENS_TIMEOUT_S is over."""
+        """Accept connections, on the sockets inherited, once tokens are reached or _TOKENS_TIMEOUT_S is over."""
         await self.pool.start()
         try:
-            await self.pool.wait_ready(_TOKENS_TIMEOUT_S)
-        except SignerUnavailable as error:
-            _logger.warning("serving without a token", extra={"reason": str(error)})
+            await asyncio.wait_for(self._reach_tokens(), _TOKENS_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            _logger.warning("serving with tokens away", extra={"tokens_up": sorted(self.pool.tokens_up())})
         loop = asyncio.get_running_loop()
         for runtime, fd in zip(self._listeners, self._spec.listener_fds, strict=True):
             runtime.start()
             self._servers.append(await loop.create_server(runtime, sock=socket.socket(fileno=fd)))
         self._periodic = [asyncio.create_task(self._measure_lag()), asyncio.create_task(self._sweep_upstreams())]
+
+    async def _reach_tokens(self) -> None:
+        """Wait until one of each certificate's tokens is up."""
+        changed = asyncio.Event()
+        self.pool.on_change.append(changed.set)
+        try:
+            while not all(self.pool.tokens_up() & set(item.tokens) for item in self._spec.config.certificates):
+                await changed.wait()
+                changed.clear()
+        finally:
+            self.pool.on_change.remove(changed.set)
 
     def set_ticket_keys(self, command: NewTicketKeys) -> None:
         """Use other session ticket keys on every listener."""
