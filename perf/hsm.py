@@ -13,12 +13,13 @@ import math
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 import uvloop
 
-from hsm.launcher import Pkcs11Token, WorkerGroup
+from hsm.launcher import WorkerGroup
 from hsm.messages import SignatureScheme
 from hsm.pool import SignerPool
 from perf.pool import SignatureLoad, measure_turn
@@ -29,7 +30,8 @@ _SCHEME = SignatureScheme.ECDSA_SECP256R1_SHA256
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("--sessions", type=int, default=32, help="PKCS#11 sessions (default: 32)")
+    parser.add_argument("--tokens", type=int, default=1, help="tokens with the key, a worker each (default: 1)")
+    parser.add_argument("--sessions", type=int, default=32, help="PKCS#11 sessions of each (default: 32)")
     parser.add_argument("--latency-ms", type=float, default=5.0, help="what C_Sign takes (default: 5)")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn (default: 3)")
     parser.add_argument("--turns", type=int, default=5, help="turns, of which the table gives the median (default: 5)")
@@ -39,11 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print a table; return the exit code."""
     uvloop.install()
     with tempfile.TemporaryDirectory(prefix="perf-hsm-") as directory:
-        token = FaultyToken(Path(directory))
-        token.faults.set_sign_latency(arguments.latency_ms / 1000)
-        module_us = _bare_module_us(token, Path(directory), arguments.sessions, arguments.seconds)
-        launchable = token.launchable(sessions=arguments.sessions)
-        asyncio.run(_measure(arguments, launchable, os.path.join(directory, "run"), module_us))
+        tokens = [FaultyToken(Path(directory), name=f"hsm-{number}") for number in range(arguments.tokens)]
+        for token in tokens:
+            token.faults.set_sign_latency(arguments.latency_ms / 1000)
+        module_us = _bare_module_us(tokens[0], Path(directory), arguments.sessions, arguments.seconds)
+        run_directory = os.path.join(directory, "run")
+        groups = [WorkerGroup(token.launchable(sessions=arguments.sessions), run_directory) for token in tokens]
+        asyncio.run(_measure(arguments, groups, module_us))
     return 0
 
 
@@ -59,24 +63,26 @@ def _bare_module_us(token: FaultyToken, directory: Path, threads: int, seconds: 
     return float(output.split()[1])
 
 
-async def _measure(arguments: argparse.Namespace, token: Pkcs11Token, directory: str, module_us: float) -> None:
-    group = WorkerGroup(token, directory)
-    group.start()
-    concurrency = 2 * arguments.sessions
+async def _measure(arguments: argparse.Namespace, groups: Sequence[WorkerGroup], module_us: float) -> None:
+    concurrency = 2 * arguments.sessions * len(groups)
     try:
-        await group.wait_ready(30)
-        async with SignerPool([group.endpoints]) as pool:
+        for group in groups:
+            group.start()
+        for group in groups:
+            await group.wait_ready(30)
+        async with SignerPool([group.endpoints for group in groups]) as pool:
             await pool.wait_ready(30)
             load = SignatureLoad(pool, pool.key("www"), _SCHEME)
-            await measure_turn(load, group.pids, concurrency, arguments.seconds)
-            turns = [
-                await measure_turn(load, group.pids, concurrency, arguments.seconds) for _ in range(arguments.turns)
-            ]
+            pids = [pid for group in groups for pid in group.pids]
+            await measure_turn(load, pids, concurrency, arguments.seconds)
+            turns = [await measure_turn(load, pids, concurrency, arguments.seconds) for _ in range(arguments.turns)]
     finally:
-        await group.stop()
+        for group in groups:
+            await group.stop()
     signed, worker_us, client_us = zip(*turns, strict=True)
-    possible = arguments.sessions / arguments.latency_ms * 1000
-    print(f"{arguments.sessions} sessions, {arguments.latency_ms:g} ms, {concurrency} requests at a time")
+    possible = len(groups) * arguments.sessions / arguments.latency_ms * 1000
+    sizes = f"{len(groups)} tokens, {arguments.sessions} sessions of each, {arguments.latency_ms:g} ms"
+    print(f"{sizes}, {concurrency} requests at a time")
     print(f"  signatures   {median(signed):8.1f} /s  {median(signed) / possible:.1%} of {possible:.0f} possible")
     beyond_us = median(worker_us) - module_us
     print(f"  worker CPU   {median(worker_us):8.1f} us  {beyond_us:.1f} beyond the module's {module_us:.1f}")
