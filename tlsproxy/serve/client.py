@@ -15,7 +15,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, cast
 
 from hsm.pool_request import Signature
-from tlsproxy.serve.counting import HandshakePhases, Negotiated, sign_failure_result
+from tlsproxy.serve.counting import HandshakePhases, sign_failure_result
 from tlsproxy.tls.engine import TlsConnection
 from tlsproxy.tls.errors import ConnectionClosedError, SignatureLengthError
 from tlsproxy.tls.events import (
@@ -287,7 +287,6 @@ class ClientConnection(asyncio.Protocol, ABC):
         if isinstance(event, ClientHelloReceived):
             self._client_hello_s = monotonic()
         elif isinstance(event, SignatureNeeded):
-            self._flush()
             key = self.runtime.signing_keys[event.certificate.name]
             self._signature = self.runtime.pool.submit(key, event.scheme, event.tbs)
             self._signature.add_done_callback(self._on_signature)
@@ -319,25 +318,18 @@ class ClientConnection(asyncio.Protocol, ABC):
         self._act_on(events)
 
     def _complete(self, event: HandshakeComplete) -> None:
-        now_s = monotonic()
-        total_s = now_s - self._accepted_s
+        total_s = monotonic() - self._accepted_s
         phases = None
         signed = self._signed
         if signed is not None:
             client_hello_s = self._client_hello_s - self._accepted_s
             finish_s = total_s - client_hello_s - signed.queue_s - signed.sign_s
-            phases = HandshakePhases(client_hello_s, signed.queue_s, signed.sign_s, finish_s)
-        scheme = event.scheme.label if event.scheme is not None else ""
-        self.runtime.metrics.observe_handshake(
-            Negotiated(event.tls_version, event.cipher, event.group or "", scheme),
-            total_s,
-            key_type=event.certificate.key_type.value,
-            phases=phases,
-        )
+            # The token's own time is rounded up to a microsecond: what is left can be less than nothing.
+            phases = HandshakePhases(client_hello_s, signed.queue_s, signed.sign_s, max(finish_s, 0.0))
+            self._signed = None
+        self.runtime.metrics.observe_handshake(event, total_s, phases)
         self.runtime.handshake_ended()
-        self._signed = None
         self.phase = Phase.OPEN
-        self._flush()
         self.established()
 
     def _handshake_ended(self, result: str, reason: str) -> None:
@@ -346,7 +338,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         if self._signature is not None:
             self._signature.cancel()
             self._signature = None
-        self.runtime.metrics.count_handshake(result)
+        self.runtime.metrics.count_failed_handshake(result)
         self.runtime.handshake_ended()
         if _log.isEnabledFor(logging.INFO):
             _log.info(

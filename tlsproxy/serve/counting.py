@@ -7,6 +7,7 @@ from typing import NamedTuple
 from hsm.errors import DeadlineExceeded, Overloaded, PolicyRejected
 from hsm.metricstore import Histogram, MetricStore
 from tlsproxy import metrics
+from tlsproxy.tls.events import HandshakeComplete
 
 _KNOWN_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"))
 
@@ -20,13 +21,12 @@ class HandshakePhases(NamedTuple):
     finish_s: float
 
 
-class Negotiated(NamedTuple):
-    """What a handshake agreed on; empty strings where a resumed session has none."""
+class _HandshakeKind(NamedTuple):
+    """The metrics of handshakes that agreed on the same."""
 
-    tls_version: str
-    cipher: str
-    group: str
-    scheme: str
+    handshakes: int
+    negotiated: int
+    duration: Histogram
 
 
 def sign_failure_result(error: BaseException) -> str:
@@ -58,42 +58,42 @@ class ListenerMetrics:
             store.histogram(metrics.HANDSHAKE_PHASE_DURATION, (phase,))
             for phase in ("client_hello", "queue", "sign", "finish")
         )
-        self._handshakes: dict[tuple[str, bool, str], int] = {}
-        self._durations: dict[tuple[bool, str], Histogram] = {}
-        self._negotiated: dict[Negotiated, int] = {}
+        self._kinds: dict[tuple[object, ...], _HandshakeKind] = {}
         self._requests: dict[tuple[str, bytes, int], tuple[int, Histogram]] = {}
 
     def count_refused(self, limit: str) -> None:
         """Count a connection closed at once because `limit` was reached."""
         self.values[self._store.counter(metrics.CONNECTIONS_REFUSED, (self._listener, limit))] += 1.0
 
-    def count_handshake(self, result: str, *, resumed: bool = False, tls_version: str = "") -> None:
-        """Count a handshake that has ended."""
-        key = (result, resumed, tls_version)
-        slot = self._handshakes.get(key)
-        if slot is None:
-            labels = (self._listener, result, str(resumed).lower(), tls_version)
-            slot = self._handshakes[key] = self._store.counter(metrics.HANDSHAKES, labels)
-        self.values[slot] += 1.0
+    def count_failed_handshake(self, result: str) -> None:
+        """Count a handshake that ended without success."""
+        self.values[self._store.counter(metrics.HANDSHAKES, (self._listener, result, "false", ""))] += 1.0
 
-    def observe_handshake(
-        self, negotiated: Negotiated, duration_s: float, *, key_type: str, phases: HandshakePhases | None
-    ) -> None:
+    def observe_handshake(self, complete: HandshakeComplete, duration_s: float, phases: HandshakePhases | None) -> None:
         """Count a handshake that succeeded; `phases` is None for a resumed one."""
-        resumed = phases is None
-        self.count_handshake("ok", resumed=resumed, tls_version=negotiated.tls_version)
-        slot = self._negotiated.get(negotiated)
-        if slot is None:
-            slot = self._negotiated[negotiated] = self._store.counter(metrics.TLS_NEGOTIATED, tuple(negotiated))
-        self.values[slot] += 1.0
-        duration = self._durations.get((resumed, key_type))
-        if duration is None:
-            labels = (self._listener, str(resumed).lower(), key_type)
-            duration = self._durations[resumed, key_type] = self._store.histogram(metrics.HANDSHAKE_DURATION, labels)
-        duration.observe(duration_s)
+        certificate = complete.certificate
+        key = (complete.tls_version, complete.cipher, complete.group, complete.scheme, certificate.key_type)
+        kind = self._kinds.get(key) or self._register_kind(key, complete)
+        values = self.values
+        values[kind.handshakes] += 1.0
+        values[kind.negotiated] += 1.0
+        kind.duration.observe(duration_s)
         if phases is not None:
-            for histogram, seconds in zip(self._phases, phases, strict=True):
-                histogram.observe(max(seconds, 0.0))
+            for histogram, seconds in zip(self._phases, phases):  # noqa: B905 - a strict zip costs three times as much
+                histogram.observe(seconds)
+
+    def _register_kind(self, key: tuple[object, ...], complete: HandshakeComplete) -> _HandshakeKind:
+        store = self._store
+        resumed = str(complete.resumed).lower()
+        scheme = "" if complete.scheme is None else complete.scheme.label
+        negotiated = (complete.tls_version, complete.cipher, complete.group or "", scheme)
+        duration = (self._listener, resumed, complete.certificate.key_type.value)
+        kind = self._kinds[key] = _HandshakeKind(
+            store.counter(metrics.HANDSHAKES, (self._listener, "ok", resumed, complete.tls_version)),
+            store.counter(metrics.TLS_NEGOTIATED, negotiated),
+            store.histogram(metrics.HANDSHAKE_DURATION, duration),
+        )
+        return kind
 
     def count_request(self, upstream: str, method: bytes, status: int, duration_s: float) -> None:
         """Count a request that was answered, by `upstream` or, if that is empty, by the proxy itself."""
