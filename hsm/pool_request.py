@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING
+
+from typing_extensions import assert_never
 
 from hsm.errors import DeadlineExceeded, HsmError, KeyNotFound, Overloaded, PolicyRejected, TokenError
 from hsm.keyreference import KeyReference

@@ -16,7 +16,8 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import assert_never
+
+from typing_extensions import assert_never
 
 from hsm import logs, serving_inline, serving_threaded
 from hsm.backends.awskms import AwsKmsBackend

@@ -12,10 +12,10 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import assert_never
 from urllib.parse import quote
 
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from typing_extensions import assert_never
 
 from hsm import metrics
 from hsm.backends._cryptoki import Module

@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from types import TracebackType
-from typing import assert_never
+
+from typing_extensions import assert_never
 
 from hsm.errors import TokenConfigError, WorkerFailed
 from hsm.launcher import AwsKmsToken, Pkcs11Token, SoftToken, Token, WorkerGroup
