@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (StartupError, HsmError) as error:
         print(f"tlsproxy: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("tlsproxy: interrupted before it was ready", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"tlsproxy: {error.filename or 'system'}: {error.strerror}", file=sys.stderr)
         return 1
