@@ -62,7 +62,7 @@ class Pkcs11Signer(Signer):
             try:
                 if self._session is None:
                     self._session = self._module.open_session(state.slot)
-                    self._backend.count_reopened_session()
+                    self._backend.count_session_opened_again()
                 raw = self._module.sign(self._session, recipe.mechanism, recipe.parameter, handle, data)
             except CryptokiError as error:
                 last = error
@@ -97,6 +97,7 @@ class Pkcs11Signer(Signer):
             with contextlib.suppress(CryptokiError):
                 self._module.close_session(self._session)
             self._session = None
+            self._backend.count_session_lost()
 
 
 class Pkcs11Backend(Backend):
@@ -158,9 +159,15 @@ class Pkcs11Backend(Backend):
         with contextlib.suppress(CryptokiError):
             self.module.finalize()
 
-    def count_reopened_session(self) -> None:
-        """Count a session that was opened in place of a lost one. Called by signers, in their threads."""
+    def count_session_lost(self) -> None:
+        """Count a session that is of no more use. Called by signers, in their threads."""
         with self._store_lock:
+            self._store.values[self._sessions_slot] -= 1.0
+
+    def count_session_opened_again(self) -> None:
+        """Count a session opened in place of a lost one. Called by signers, in their threads."""
+        with self._store_lock:
+            self._store.values[self._sessions_slot] += 1.0
             self._store.values[self._reopens_slot] += 1.0
 
     def _open_sessions(self, count: int) -> tuple[Pkcs11Signer, ...]:

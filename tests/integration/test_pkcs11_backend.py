@@ -13,10 +13,11 @@ from cryptography import x509
 
 from hsm import metrics
 from hsm.backends.pkcs11 import Pkcs11Backend
+from hsm.backends.pkcs11_errors import CryptokiError
 from hsm.errors import KeyNotFound, PinRefused, TokenConfigError, TokenError
 from hsm.keys import is_signature_valid, load_public_key, public_key_der
 from hsm.messages import KeyType, SignatureScheme
-from hsm.metricstore import read_samples
+from hsm.metricstore import Family, read_samples
 from hsm.pki import make_demo_ca
 from tests.fault_module import On
 from tests.softhsm import FaultyToken
@@ -66,6 +67,13 @@ def sign(backend: Pkcs11Backend, signer: int = 0) -> None:
     (key,) = backend.keys
     signature = backend.signers[signer].sign(key.number, P256, CERTIFICATE_VERIFY)
     assert is_signature_valid(load_public_key(key.public_key), P256, CERTIFICATE_VERIFY, signature)
+
+
+def counted(token: FaultyToken) -> dict[Family, float]:
+    """Return the metrics of the token's sessions."""
+    samples = read_samples(token.metrics.fd, metrics.FAMILIES)
+    assert {sample.labels[0] for sample in samples} == {"hsm"}
+    return {sample.family: sample.values[0] for sample in samples}
 
 
 def test_signs_with_every_scheme_of_every_kind_of_key(tmp_path: Path) -> None:
@@ -253,12 +261,21 @@ def test_signs_after_all_sessions_and_the_login_were_lost(
         list(threads.map(lambda signer: sign(backend, signer), range(8)))
     assert token.faults.get("login_calls") == 2, "one thread logs in for all"
     assert token.faults.get("open_sessions") == 9
-    reopened = {
-        sample.labels: sample.values
-        for sample in read_samples(token.metrics.fd, metrics.FAMILIES)
-        if sample.family is metrics.SESSION_REOPENS
-    }
-    assert reopened == {("hsm",): (8.0,)}
+    assert counted(token) == {metrics.SESSIONS: 8.0, metrics.SESSION_REOPENS: 8.0}
+
+
+def test_what_one_thread_has_won_back_another_does_not_open_again(
+    token: FaultyToken, open_token: Callable[..., Pkcs11Backend]
+) -> None:
+    keeper = open_token().token
+    failed = keeper.state
+    error = CryptokiError("C_Sign", CKR_DEVICE_ERROR)
+    keeper.recover(failed, error)
+    recovered = keeper.state
+    assert recovered is not failed
+    keeper.recover(failed, error)
+    assert keeper.state is recovered
+    assert token.faults.get("login_calls") == 2
 
 
 def test_a_token_that_is_away_is_not_asked_all_the_time(
@@ -271,6 +288,7 @@ def test_a_token_that_is_away_is_not_asked_all_the_time(
             sign(backend)
         assert caught.value.retryable
     assert token.faults.get("login_calls") < 10
+    assert counted(token)[metrics.SESSIONS] == 1, "the one that was asked has been given up"
     token.faults.recover()
     deadline_s = time.monotonic() + 2
     while True:
