@@ -43,7 +43,8 @@ class WorkerProcess:
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._is_ready = False
-        self._last_error = "it has not started yet"
+        self._last_error = "it has not opened the token yet"
+        self._has_reported_error = False
         self._stopping = asyncio.Event()
         self.keys: tuple[KeyInfo, ...] = ()
         """Those it announced when it last became ready."""
@@ -113,6 +114,7 @@ class WorkerProcess:
 
     async def _run_once(self) -> None:
         """Start one process and see it through to its end."""
+        self._has_reported_error = False
         parent_end, child_end = socket.socketpair()
         status_reader, status_writer = os.pipe()
         with parent_end, io.FileIO(status_reader) as statuses:
@@ -161,7 +163,7 @@ class WorkerProcess:
             while line := await reader.readline():
                 self._take_status(json.loads(line))
         except (ValueError, KeyError, TypeError, RecursionError):
-            self._last_error = "it reported something other than its status"
+            self._take_error("it reported something other than its status")
         finally:
             transport.close()
 
@@ -172,12 +174,18 @@ class WorkerProcess:
             self._is_ready = True
             self._changed.set()
         else:
-            self._last_error = str(status["error"])
+            self._take_error(str(status["error"]))
             if status["permanent"]:
                 self.failure = self._last_error
 
+    def _take_error(self, message: str) -> None:
+        self._last_error = message
+        self._has_reported_error = True
+
     def _report_end(self, token: str, pid: int, code: int) -> None:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if not self._has_reported_error:
+            self._last_error = f"it ended with {how}"
         if self._stopping.is_set():
             _log.info("token %s: worker %d ended with %s", token, pid, how)
         elif self.failure is not None:

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import os
 import signal
+import sys
 import textwrap
 
 import pytest
@@ -153,6 +154,16 @@ async def test_what_a_worker_says_when_it_cannot_start_reaches_the_caller(tmp_pa
     with pytest.raises(WorkerFailed, match=str(files.path)):
         async with open_pool([soft_token(files)]):
             pass
+
+
+async def test_a_worker_that_ends_without_a_word_is_told_of_by_its_exit_code(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    group = WorkerGroup(soft_token(files), str(tmp_path / "run"))
+    group.start()
+    with pytest.raises(WorkerFailed, match=r"token local: its worker is not ready after .* it ended with exit code 1"):
+        await group.wait_ready(0.3)
+    assert group.failure is None
+    await group.stop()
 
 
 async def test_workers_end_with_their_group_and_leave_no_socket(tmp_path, files):
