@@ -15,6 +15,7 @@ from hsm.messages import KeyType, SignatureScheme
 from hsm.metricstore import MetricStore, read_samples
 from hsm.pool import SignerPool
 from hsm.pool_request import Signature, SigningKey
+from tests.routes import route
 from tests.unit.tls.peers import Authority, Client, Signer, client_context
 from tlsproxy import metrics
 from tlsproxy.config import (
@@ -25,7 +26,6 @@ from tlsproxy.config import (
     ListenerMode,
     ListenerTimeouts,
     Origin,
-    RouteConfig,
     ServerConfig,
     TlsProfile,
     UpstreamConfig,
@@ -107,6 +107,12 @@ class DataPlane:
         await client.shake_hands()
         return client
 
+    async def connect_plain(self) -> TlsClient:
+        """Return a client that speaks without TLS."""
+        client = await self.open()
+        client.tls = _Plain()
+        return client
+
     async def open(self) -> TlsClient:
         """Return a client that has not begun its handshake."""
         client = TlsClient(*await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 20))
@@ -119,14 +125,19 @@ async def data_plane(
     ports: int | Sequence[int] | Mapping[str, Sequence[int]],
     *,
     mode: ListenerMode = ListenerMode.HTTP,
-    routes: Sequence[tuple[str, str, str]] = (("*", "/", "app"),),
+    tls: bool = True,
+    routes: Sequence[Mapping[str, Any]] = ({},),
+    listener: Mapping[str, Any] | None = None,
     limits: Mapping[str, int] | None = None,
     timeouts: Mapping[str, float] | None = None,
     upstream_timeouts: Mapping[str, float] | None = None,
     balance: Balance = Balance.ROUND_ROBIN,
     keepalive: int = 32,
 ) -> AsyncIterator[DataPlane]:
-    """Run a listener before the back ends at `ports`: of the upstream `app`, or of several by name."""
+    """Run a listener before the back ends at `ports`: of the upstream `app`, or of several by name.
+
+    `routes` and `listener` say what differs from a route of everything to `app` and from a plain listener's defaults.
+    """
     by_name = ports if isinstance(ports, Mapping) else {"app": [ports] if isinstance(ports, int) else ports}
     store = MetricStore()
     upstreams = {
@@ -143,21 +154,27 @@ async def data_plane(
         )
         for name, servers in by_name.items()
     }
+    listener_timeouts = dataclasses.replace(TIMEOUTS, **(timeouts or {}))
+    listener_limits = dataclasses.replace(LIMITS, **(limits or {}))
+    inherited = {"body_bytes": listener_limits.body_bytes, "body_idle_s": listener_timeouts.body_idle_s}
     config = ListenerConfig(
         address=Address("127.0.0.1", 0),
         mode=mode,
         certificates=("www",),
-        profile=TlsProfile.INTERMEDIATE,
-        timeouts=dataclasses.replace(TIMEOUTS, **(timeouts or {})),
-        limits=dataclasses.replace(LIMITS, **(limits or {})),
-        routes=tuple(RouteConfig(host, path, upstream, ORIGIN) for host, path, upstream in routes),
+        profile=TlsProfile.INTERMEDIATE if tls else None,
+        timeouts=listener_timeouts,
+        limits=listener_limits,
+        trusted_proxies=(),
+        forwarded=False,
+        routes=tuple(route(**{**inherited, **changes}) for changes in routes),
         upstream="app" if mode is ListenerMode.TCP else None,
         origin=ORIGIN,
     )
+    config = dataclasses.replace(config, **(listener or {}))
     pool = TestPool()
     runtime = ListenerRuntime(
         config,
-        tls=TlsContext([CERTIFICATE]),
+        tls=TlsContext([CERTIFICATE]) if tls else None,
         signing_keys=cast("Mapping[str, SigningKey]", {"www": CERTIFICATE}),
         pool=cast("SignerPool", pool),
         upstreams=upstreams,
@@ -236,13 +253,27 @@ class _Tls(Client):
         return bytes(plaintext)
 
 
+class _Plain:
+    """What `_Tls` does, without TLS."""
+
+    closed = False
+
+    def send(self, data: bytes) -> bytes:
+        """Return the bytes to send."""
+        return data
+
+    def read(self, received: bytes) -> bytes:
+        """Take the server's bytes."""
+        return received
+
+
 class TlsClient:
     """A TLS client over a raw socket, so that a test decides about every record and FIN."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
-        self.tls = _Tls(CLIENT_CONTEXT, "localhost")
+        self.tls: Any = _Tls(CLIENT_CONTEXT, "localhost")
         self.buffer = b""
         self.end = ""
         """How the proxy has ended the connection: `close_notify`, `fin` (without one) or `reset`."""

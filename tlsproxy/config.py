@@ -7,11 +7,15 @@ find fault with (a certificate that does not match its key, say) carries its `or
 from __future__ import annotations
 
 import enum
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from tlsproxy.errors import Problem
+
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +160,54 @@ class ListenerLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class HeaderRules:
+    """What is done to the header fields of a message, as (name, value) or names. What is set replaces, added stays."""
+
+    set: tuple[tuple[str, str], ...]
+    add: tuple[tuple[str, str], ...]
+    remove: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RedirectConfig:
+    """Where clients are sent instead: the same path and query at another scheme, host or port."""
+
+    scheme: str
+    host: str | None
+    """None: the host they asked for."""
+    port: int | None
+    """None: the scheme's own."""
+    status: int
+
+
+@dataclass(frozen=True, slots=True)
+class HstsConfig:
+    """Strict-Transport-Security (RFC 6797)."""
+
+    max_age_s: int
+    include_subdomains: bool
+    preload: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RouteConfig:
-    """Requests for `host` (exact, `*.example.com`, or `*`) whose path starts with `path` go to `upstream`."""
+    """What becomes of requests for `host` (exact, `*.example.com`, or `*`) whose path starts with `path`.
+
+    Either `upstream` or `redirect` is given.
+    """
 
     host: str
     path: str
-    upstream: str
+    upstream: str | None
+    redirect: RedirectConfig | None
+    request_headers: HeaderRules
+    response_headers: HeaderRules
+    hsts: HstsConfig | None
+    body_bytes: int
+    """The largest request body; 0 means no limit."""
+    body_idle_s: float
+    response_s: float | None
+    """Until the response's head; None: as the upstream says."""
     origin: Origin
 
 
@@ -171,10 +217,15 @@ class ListenerConfig:
 
     address: Address
     mode: ListenerMode
+    profile: TlsProfile | None
+    """None: no TLS (`tls: off`)."""
     certificates: tuple[str, ...]
-    profile: TlsProfile
     timeouts: ListenerTimeouts
     limits: ListenerLimits
+    trusted_proxies: tuple[Network, ...]
+    """http: peers whose X-Forwarded-* and Forwarded are believed and passed on."""
+    forwarded: bool
+    """http: upstreams are sent Forwarded (RFC 7239) too."""
     routes: tuple[RouteConfig, ...]
     """http: by host, then longest path."""
     upstream: str | None

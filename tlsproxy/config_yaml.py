@@ -6,7 +6,6 @@ tokens) is checked later, by `serve.materials`.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections.abc import Iterable
@@ -15,39 +14,29 @@ from typing import TypeVar
 
 from hsm.keyreference import KeyReference
 from tlsproxy.config import (
-    Address,
     AdminConfig,
     Balance,
     CertificateConfig,
     Config,
     HsmConfig,
-    ListenerConfig,
-    ListenerLimits,
-    ListenerMode,
-    ListenerTimeouts,
     LogConfig,
     LogFormat,
     LogLevel,
     RouteConfig,
     ServerConfig,
-    TlsProfile,
     TokenConfig,
     TokenKind,
     UpstreamConfig,
     UpstreamTimeouts,
 )
 from tlsproxy.errors import ConfigError, Problem
+from tlsproxy.yaml_listeners import read_listener
 from tlsproxy.yaml_nodes import MAX_FILE_BYTES, Document, InvalidValueError, MappingReader, Value
+from tlsproxy.yaml_values import NOWHERE, read_listen_address, read_name, read_server_address
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-[0-9]+")
 _HTTPS_URL = re.compile(r"https://[!-~]+|http://(127\.0\.0\.1|localhost)(:[0-9]+)?/?")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_HOST_LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
-_ROUTE_HOST = re.compile(rf"\*|(?:\*\.)?{_HOST_LABEL}(?:\.{_HOST_LABEL})*|\d+(?:\.\d+){{3}}|\[[0-9a-f:.]+\]")
-_ROUTE_PATH = re.compile(r"/[!-\"$->@-~]*")
-_SERVER_HOST = re.compile(rf"{_HOST_LABEL}(?:\.{_HOST_LABEL})*", re.IGNORECASE)
-_NOWHERE = Address("", 0)
 
 Named = TypeVar("Named", TokenConfig, CertificateConfig, UpstreamConfig)
 
@@ -104,7 +93,7 @@ def _config(root: MappingReader, directory: Path) -> Config:
             ),
             (),
         ),
-        listeners=root.required("listeners", lambda value: value.each(_listener, at_least=1), ()),
+        listeners=root.required("listeners", lambda value: value.each(read_listener, at_least=1), ()),
         upstreams=root.required("upstreams", lambda value: value.each(_upstream, at_least=1), ()),
         admin=root.optional("admin", _admin, None),
     )
@@ -121,13 +110,9 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _name(value: Value) -> str:
-    return value.text("a name of letters, digits, '.', '_' and '-', at most 63 long", _NAME)
-
-
 def _token(value: Value) -> TokenConfig:
     reader = value.mapping()
-    name = reader.required("name", _name, "")
+    name = reader.required("name", read_name, "")
     kind = reader.required("kind", lambda item: item.choice(TokenKind), TokenKind.SOFT)
     path = module = token_label = token_serial = slot = region = endpoint_url = None
     sessions = 1
@@ -187,10 +172,10 @@ def _environment_name(value: Value) -> str:
 def _certificate(value: Value, all_tokens: tuple[str, ...]) -> CertificateConfig:
     reader = value.mapping()
     certificate = CertificateConfig(
-        name=reader.required("name", _name, ""),
+        name=reader.required("name", read_name, ""),
         chain_file=reader.required("chain_file", Value.path_name, Path()),
         key=reader.required("key", _key, ""),
-        tokens=reader.optional("tokens", lambda item: item.each(_name, at_least=1), all_tokens),
+        tokens=reader.optional("tokens", lambda item: item.each(read_name, at_least=1), all_tokens),
         origin=value.origin,
     )
     reader.finish()
@@ -207,84 +192,11 @@ def _key(value: Value) -> str:
     return text
 
 
-def _listener(value: Value) -> ListenerConfig:
-    reader = value.mapping()
-    mode = reader.optional("mode", lambda item: item.choice(ListenerMode), ListenerMode.HTTP)
-    routes: tuple[RouteConfig, ...] = ()
-    upstream = None
-    if mode is ListenerMode.HTTP:
-        routes = reader.required("routes", lambda item: item.each(_route, at_least=1), ())
-    else:
-        upstream = reader.required("upstream", _name, None)
-    tls = reader.section("tls")
-    profile = tls.optional("profile", lambda item: item.choice(TlsProfile), TlsProfile.INTERMEDIATE)
-    tls.finish()
-    listener = ListenerConfig(
-        address=reader.required("address", _listen_address, _NOWHERE),
-        mode=mode,
-        certificates=reader.required("certificates", lambda item: item.each(_name, at_least=1), ()),
-        profile=profile,
-        timeouts=_listener_timeouts(reader.section("timeouts")),
-        limits=_listener_limits(reader.section("limits")),
-        routes=routes,
-        upstream=upstream,
-        origin=value.origin,
-    )
-    reader.finish()
-    return listener
-
-
-def _listener_timeouts(reader: MappingReader) -> ListenerTimeouts:
-    def seconds(key: str, default_s: float) -> float:
-        return reader.optional(key, lambda value: value.duration(0.1, 30 * 86400), default_s)
-
-    timeouts = ListenerTimeouts(
-        handshake_s=seconds("handshake", 10.0),
-        header_s=seconds("header", 10.0),
-        body_idle_s=seconds("body_idle", 30.0),
-        idle_s=seconds("idle", 60.0),
-        tunnel_idle_s=seconds("tunnel_idle", 3600.0),
-    )
-    reader.finish()
-    return timeouts
-
-
-def _listener_limits(reader: MappingReader) -> ListenerLimits:
-    def count(key: str, default: int) -> int:
-        return reader.optional(key, lambda value: value.integer(0, 10_000_000), default)
-
-    limits = ListenerLimits(
-        header_bytes=reader.optional("header_bytes", lambda value: value.size(1 << 10, 1 << 20), 64 << 10),
-        body_bytes=reader.optional("body_bytes", lambda value: value.size(0, 1 << 50), 0),
-        connections=count("connections", 20_000),
-        connections_per_client=count("connections_per_client", 0),
-        handshakes=count("handshakes", 2048),
-    )
-    reader.finish()
-    return limits
-
-
-def _route(value: Value) -> RouteConfig:
-    reader = value.mapping()
-    route = RouteConfig(
-        host=reader.optional("host", _route_host, "*"),
-        path=reader.optional("path", lambda item: item.text("a path that starts with '/'", _ROUTE_PATH), "/"),
-        upstream=reader.required("upstream", _name, ""),
-        origin=value.origin,
-    )
-    reader.finish()
-    return route
-
-
-def _route_host(value: Value) -> str:
-    return value.text("a lower-case host name, *.example.com or *", _ROUTE_HOST)
-
-
 def _upstream(value: Value) -> UpstreamConfig:
     reader = value.mapping()
     timeouts = reader.section("timeouts")
     upstream = UpstreamConfig(
-        name=reader.required("name", _name, ""),
+        name=reader.required("name", read_name, ""),
         servers=reader.required("servers", lambda item: item.each(_server, at_least=1), ()),
         balance=reader.optional("balance", lambda item: item.choice(Balance), Balance.ROUND_ROBIN),
         keepalive=reader.optional("keepalive", lambda item: item.integer(0, 100_000), 256),
@@ -302,48 +214,16 @@ def _upstream(value: Value) -> UpstreamConfig:
 
 def _server(value: Value) -> ServerConfig:
     reader = value.mapping()
-    server = ServerConfig(address=reader.required("address", _server_address, _NOWHERE))
+    server = ServerConfig(address=reader.required("address", read_server_address, NOWHERE))
     reader.finish()
     return server
 
 
 def _admin(value: Value) -> AdminConfig:
     reader = value.mapping()
-    admin = AdminConfig(address=reader.required("address", _listen_address, _NOWHERE))
+    admin = AdminConfig(address=reader.required("address", read_listen_address, NOWHERE))
     reader.finish()
     return admin
-
-
-def _listen_address(value: Value) -> Address:
-    expected = "IP:port, such as 0.0.0.0:8443 or [::]:8443"
-    address = _split_address(value.text(expected))
-    if address is None or not _is_ip(address.host):
-        raise value.invalid(expected)
-    return address
-
-
-def _server_address(value: Value) -> Address:
-    expected = "host:port, such as 127.0.0.1:8000"
-    address = _split_address(value.text(expected))
-    if address is None or not (_is_ip(address.host) or _SERVER_HOST.fullmatch(address.host)):
-        raise value.invalid(expected)
-    return address
-
-
-def _split_address(text: str) -> Address | None:
-    host, _, port = text.rpartition(":")
-    if not re.fullmatch(r"[1-9]\d{0,4}", port) or int(port) > 65535:
-        return None
-    if host.startswith("[") and host.endswith("]") and ":" in host:
-        return Address(host[1:-1], int(port))
-    return Address(host, int(port)) if ":" not in host else None
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        return bool(ipaddress.ip_address(host))
-    except ValueError:
-        return False
 
 
 def _check_references(config: Config, problems: list[Problem]) -> None:
@@ -367,7 +247,7 @@ def _check_references(config: Config, problems: list[Problem]) -> None:
         ]
         if listener.upstream and listener.upstream not in upstreams:
             problems.append(listener.origin.problem("upstream", _unknown("upstream", listener.upstream, upstreams)))
-        if listener.address != _NOWHERE and listener.address in addresses:
+        if listener.address != NOWHERE and listener.address in addresses:
             message = f"expected an address used once; got {listener.address} again"
             problems.append(listener.origin.problem("address", message))
         addresses.append(listener.address)

@@ -123,10 +123,10 @@ class Value:
         self.note(f"expected {expected}; got {self._kind() if secret else self._shown()}")
         return InvalidValueError()
 
-    def mapping(self) -> MappingReader:
+    def mapping(self, expected: str = "a mapping") -> MappingReader:
         """Return a reader of the keys."""
         if not isinstance(self._node, yaml.MappingNode):
-            raise self.invalid("a mapping")
+            raise self.invalid(expected)
         return MappingReader(self._document, self, self._node)
 
     def items(self, at_least: int = 0) -> list[Value]:
@@ -187,6 +187,27 @@ class Value:
         if not low <= size <= high:
             raise self.invalid(expected)
         return size
+
+    def boolean(self) -> bool:
+        """Return a truth value: `true` or `false`."""
+        text = self._scalar("true or false")
+        if text not in ("true", "false"):
+            raise self.invalid("true or false")
+        return text == "true"
+
+    def scalar_is(self, text: str) -> bool:
+        """Tell whether just `text` stands here, where something else may stand as well."""
+        return isinstance(self._node, yaml.ScalarNode) and self._node.value == text
+
+    def entries(self) -> list[tuple[str, Value]]:
+        """Return keys and values of a mapping whose keys are the user's own."""
+        if not isinstance(self._node, yaml.MappingNode):
+            raise self.invalid("a mapping")
+        return [
+            (str(key.value), Value(self._document, value, f"{self.path}.{key.value}"))
+            for key, value in self._node.value
+            if isinstance(key, yaml.ScalarNode)
+        ]
 
     def choice(self, choices: type[E]) -> E:
         """Return the member whose value stands here."""

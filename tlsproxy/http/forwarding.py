@@ -1,13 +1,17 @@
 """What changes in a message on its way through: heads are written anew, from what was understood of them.
 
 Hop-by-hop fields end here, also those that Connection names (RFC 9110 section 7.6.1). What a client says about itself
-in X-Forwarded-* and the like is deleted and said by the proxy instead. Message framing is written by the proxy alone.
+in X-Forwarded-* and the like is deleted and said by the proxy instead, unless the peer is a trusted proxy. Message
+framing is written by the proxy alone.
 """
 
 from __future__ import annotations
 
+import ipaddress
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from tlsproxy.config import HeaderRules
 from tlsproxy.http.codec import RequestHead, ResponseHead
 
 _HOP_BY_HOP = frozenset(
@@ -39,29 +43,80 @@ _SAID_BY_PROXY = frozenset(
         b"via",
     )
 )
+_TRUSTED_PEER_MAY_SAY = frozenset(
+    (
+        b"forwarded",
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-port",
+        b"x-forwarded-proto",
+        b"x-request-id",
+    )
+)
 _NOT_SENT_UP = _HOP_BY_HOP | _SAID_BY_PROXY
 LAST_CHUNK = b"0\r\n\r\n"
+
+
+class RequestRules:
+    """What a route does to the header fields of requests, made ready."""
+
+    __slots__ = ("appended", "host", "not_sent")
+
+    def __init__(self, rules: HeaderRules) -> None:
+        self.host = next((value.encode() for name, value in rules.set if name.lower() == "host"), None)
+        """What Host is set to; None leaves the client's."""
+        kept = [(name, value) for name, value in rules.set if name.lower() != "host"]
+        self.not_sent = _NOT_SENT_UP | _names(rules)
+        self.appended = _lines((*kept, *rules.add))
+
+
+class ResponseRules:
+    """What a route does to the header fields of responses, made ready.
+
+    `always` are fields that the proxy's own error responses have too.
+    """
+
+    __slots__ = ("always", "appended", "not_sent")
+
+    def __init__(self, rules: HeaderRules, always: Sequence[tuple[str, str]] = ()) -> None:
+        self.not_sent = _HOP_BY_HOP | _names(rules) | {name.lower().encode() for name, _ in always}
+        self.always = _lines(always)
+        self.appended = _lines((*rules.set, *rules.add)) + self.always
+
+
+def _names(rules: HeaderRules) -> set[bytes]:
+    return {name.lower().encode() for name in (*(name for name, _ in rules.set), *rules.remove)}
+
+
+def _lines(fields: Iterable[tuple[str, str]]) -> bytes:
+    return "".join(f"{name}: {value}\r\n" for name, value in fields).encode("ascii")
 
 
 class Hop(NamedTuple):
     """What the proxy knows of a request besides its head."""
 
     client_ip: bytes
+    """Address of the peer."""
     proto: bytes
-    """`https` or `http`: how the client came."""
+    """`https` or `http`: how the peer came."""
     request_id: bytes
     upstream_authority: bytes
     """`host:port` of the upstream server, sent as Host when the client sent none."""
+    trusted: bool
+    """What the peer says of those before it is believed and passed on."""
+    forwarded: bool
+    """Say it in Forwarded (RFC 7239) too."""
 
 
-def request_head(request: RequestHead, hop: Hop) -> bytes:
+def request_head(request: RequestHead, hop: Hop, rules: RequestRules) -> bytes:
     """Return the head to send to the upstream server."""
     host = request.host or hop.upstream_authority
-    out = [request.method, b" ", request.target, b" HTTP/1.1\r\nHost: ", host, b"\r\n"]
+    out = [request.method, b" ", request.target, b" HTTP/1.1\r\nHost: ", rules.host or host, b"\r\n"]
     named = request.connection_options
+    not_sent = rules.not_sent
     vias = []
     for lower, name, value in request.fields:
-        if lower in _NOT_SENT_UP or lower in named:
+        if lower in not_sent or lower in named:
             if lower == b"via":
                 vias.append(value)
             continue
@@ -76,23 +131,78 @@ def request_head(request: RequestHead, hop: Hop) -> bytes:
     elif request.content_length is not None:
         out.append(b"Content-Length: %d\r\n" % request.content_length)
     vias.append(b"1.0 tlsproxy" if request.http_1_0 else b"1.1 tlsproxy")
-    out.append(
-        b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\nX-Request-ID: %b\r\nVia: %b\r\n\r\n"
-        % (hop.client_ip, hop.proto, host, hop.request_id, b", ".join(vias))
-    )
+    if hop.trusted or hop.forwarded:
+        out.append(_origin_fields(request, hop, host))
+    else:
+        out.append(
+            b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\nX-Request-ID: %b\r\n"
+            % (hop.client_ip, hop.proto, host, hop.request_id)
+        )
+    out.append(b"%bVia: %b\r\n\r\n" % (rules.appended, b", ".join(vias)))
     return b"".join(out)
 
 
-def response_head(response: ResponseHead, *, chunked: bool, http_1_0: bool, keep_alive: bool) -> bytes:
+def _origin_fields(request: RequestHead, hop: Hop, host: bytes) -> bytes:
+    """Return the fields that tell where a request came from, going on from what a trusted peer has said."""
+    said: dict[bytes, bytes] = {}
+    if hop.trusted:
+        for lower, _, value in request.fields:
+            if lower in _TRUSTED_PEER_MAY_SAY and value:
+                said[lower] = b"%b, %b" % (said[lower], value) if lower in said else value
+    out = [
+        b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\nX-Request-ID: %b\r\n"
+        % (
+            b"%b, %b" % (said[b"x-forwarded-for"], hop.client_ip) if b"x-forwarded-for" in said else hop.client_ip,
+            said.get(b"x-forwarded-proto", hop.proto),
+            said.get(b"x-forwarded-host", host),
+            said.get(b"x-request-id", hop.request_id),
+        )
+    ]
+    if b"x-forwarded-port" in said:
+        out.append(b"X-Forwarded-Port: %b\r\n" % said[b"x-forwarded-port"])
+    before = said.get(b"forwarded")
+    if hop.forwarded or before is not None:
+        # A value that is no token is quoted (RFC 7239 section 4): an IPv6 address, a host with a port.
+        node = b'"[%b]"' % hop.client_ip if b":" in hop.client_ip else hop.client_ip
+        quoted_host = b'"%b"' % host if b":" in host else host
+        element = b"for=%b;host=%b;proto=%b" % (node, quoted_host, hop.proto)
+        out.append(b"Forwarded: %b\r\n" % (element if before is None else b"%b, %b" % (before, element)))
+    return b"".join(out)
+
+
+def client_address(request: RequestHead, peer: str, is_trusted: Callable[[str], bool]) -> str:
+    """Return the address a request came from: the last in X-Forwarded-For that is not a trusted proxy's.
+
+    `peer` is the connection's own, which is trusted. What is no address ends the search: nobody vouches for the rest.
+    """
+    found = peer
+    lists = [value for lower, _, value in request.fields if lower == b"x-forwarded-for"]
+    for member in reversed(b",".join(lists).split(b",")):
+        text = member.strip().decode("latin-1")
+        try:
+            found = str(ipaddress.ip_address(text))
+        except ValueError:
+            break
+        if not is_trusted(found):
+            break
+    return found
+
+
+def response_head(
+    response: ResponseHead, rules: ResponseRules, *, chunked: bool, http_1_0: bool, keep_alive: bool
+) -> bytes:
     """Return the head to send to the client.
 
     `chunked` says that the body follows in chunks; `keep_alive` that the connection stays open after it.
     """
     out = [b"HTTP/1.1 %d %b\r\n" % (response.status, response.reason)]
     named = response.connection_options
+    not_sent = rules.not_sent
     for lower, name, value in response.fields:
-        if lower not in _HOP_BY_HOP and lower not in named:
+        if lower not in not_sent and lower not in named:
             out += (name, b": ", value, b"\r\n")
+    if response.status >= 200:
+        out.append(rules.appended)
     if chunked:
         out.append(b"Transfer-Encoding: chunked\r\n")
     elif response.content_length is not None and response.status != 204 and response.status >= 200:

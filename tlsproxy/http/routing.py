@@ -1,12 +1,25 @@
-"""Which route takes a request: first by host, then by the longest path prefix."""
+"""Which route takes a request, first by host, then by the longest path prefix; and where redirects lead."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from tlsproxy.config import RouteConfig
+from tlsproxy.config import HstsConfig, RedirectConfig, RouteConfig
+from tlsproxy.http.codec import RequestHead
+from tlsproxy.http.forwarding import RequestRules, ResponseRules
 
-_Paths = tuple[tuple[bytes, RouteConfig], ...]
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A route with its header rules made ready."""
+
+    config: RouteConfig
+    request_rules: RequestRules
+    response_rules: ResponseRules
+
+
+_Paths = tuple[tuple[bytes, Route], ...]
 
 
 class Router:
@@ -19,9 +32,9 @@ class Router:
     __slots__ = ("_any", "_exact", "_wildcard")
 
     def __init__(self, routes: Sequence[RouteConfig]) -> None:
-        by_host: dict[str, list[tuple[bytes, RouteConfig]]] = {}
-        for route in routes:
-            by_host.setdefault(route.host.lower(), []).append((route.path.encode(), route))
+        by_host: dict[str, list[tuple[bytes, Route]]] = {}
+        for config in routes:
+            by_host.setdefault(config.host.lower(), []).append((config.path.encode(), _route(config)))
         ordered = {
             host: tuple(sorted(paths, key=lambda item: len(item[0]), reverse=True)) for host, paths in by_host.items()
         }
@@ -29,7 +42,7 @@ class Router:
         self._wildcard = {host[2:]: paths for host, paths in ordered.items() if host.startswith("*.")}
         self._exact = {host: paths for host, paths in ordered.items() if not host.startswith("*.")}
 
-    def find(self, host: str, path: bytes) -> RouteConfig | None:
+    def find(self, host: str, path: bytes) -> Route | None:
         """Return the route for `host` (lower case, no port) and a normalised path, or None."""
         for prefix, route in self._paths(host):
             if path.startswith(prefix):
@@ -47,3 +60,26 @@ class Router:
                     return self._wildcard[parent]
                 _, _, parent = parent.partition(".")
         return self._any
+
+
+def _route(config: RouteConfig) -> Route:
+    always = () if config.hsts is None else (("Strict-Transport-Security", _hsts(config.hsts)),)
+    return Route(config, RequestRules(config.request_headers), ResponseRules(config.response_headers, always))
+
+
+def _hsts(config: HstsConfig) -> str:
+    """Return the field's value (RFC 6797 section 6.1)."""
+    value = f"max-age={config.max_age_s}"
+    if config.include_subdomains:
+        value += "; includeSubDomains"
+    return value + "; preload" if config.preload else value
+
+
+def redirect_location(redirect: RedirectConfig, request: RequestHead) -> str | None:
+    """Return the URL that `request` is sent to, or None if no host is known: neither side named one."""
+    host = redirect.host or request.host_name
+    if not host:
+        return None
+    port = "" if redirect.port is None else f":{redirect.port}"
+    target = "/" if request.target == b"*" else request.target.decode("ascii")
+    return f"{redirect.scheme}://{host}{port}{target}"

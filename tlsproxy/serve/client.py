@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from hsm.pool_request import Signature
 from tlsproxy.serve.counting import HandshakePhases, sign_failure_result
+from tlsproxy.serve.plain import PlainConnection
 from tlsproxy.tls.engine import TlsConnection
 from tlsproxy.tls.errors import ConnectionClosedError, SignatureLengthError
 from tlsproxy.tls.events import (
@@ -92,7 +93,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         self.client_ip = ""
         self.write_paused = False
         self._transport: asyncio.Transport
-        self._tls: TlsConnection
+        self._tls: TlsConnection | PlainConnection
         self._paused = PauseReason(0)
         self._accepted_s = 0.0
         self._client_hello_s = 0.0
@@ -145,8 +146,13 @@ class ClientConnection(asyncio.Protocol, ABC):
             self._transport.abort()
             return
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        self.phase = Phase.HANDSHAKE
         self._accepted_s = monotonic()
+        if self.runtime.tls is None:
+            self._tls = PlainConnection()
+            self.phase = Phase.OPEN
+            self.established()
+            return
+        self.phase = Phase.HANDSHAKE
         self.deadline = self._accepted_s + self.runtime.config.timeouts.handshake_s
         self._tls = self.runtime.tls.connection()
 
@@ -305,16 +311,18 @@ class ClientConnection(asyncio.Protocol, ABC):
         if future.cancelled() or self.phase is not Phase.HANDSHAKE:
             return
         error = future.exception()
+        tls = self._tls
+        assert isinstance(tls, TlsConnection)
         if error is None:
             self._signed = future.result()
             try:
-                events = self._tls.provide_signature(self._signed.value)
+                events = tls.provide_signature(self._signed.value)
             except SignatureLengthError:
                 self._sign_failure = "hsm_unavailable"
-                events = self._tls.fail_signature("the token's signature has a length that its key can't make")
+                events = tls.fail_signature("the token's signature has a length that its key can't make")
         else:
             self._sign_failure = sign_failure_result(error)
-            events = self._tls.fail_signature(str(error))
+            events = tls.fail_signature(str(error))
         self._act_on(events)
 
     def _complete(self, event: HandshakeComplete) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from tlsproxy.errors import UpstreamError
 from tlsproxy.http.codec import RequestHead, ResponseHead, ResponseReader
 from tlsproxy.http.forwarding import LAST_CHUNK, Hop, chunk, request_head, response_head
+from tlsproxy.http.routing import Route
 from tlsproxy.serve.upstream import Upstream, UpstreamConnection
 
 if TYPE_CHECKING:
@@ -35,15 +36,18 @@ class Exchange:
         "_request_ended",
         "_request_id",
         "_response",
+        "_response_timeout_s",
         "_started",
         "request",
+        "route",
         "started_s",
         "upstream",
     )
 
-    def __init__(self, client: HttpConnection, request: RequestHead, upstream: Upstream) -> None:
+    def __init__(self, client: HttpConnection, request: RequestHead, route: Route, upstream: Upstream) -> None:
         self._client = client
         self.request = request
+        self.route = route
         self.upstream = upstream
         self.started_s = monotonic()
         self._connection: UpstreamConnection | None = None
@@ -55,6 +59,8 @@ class Exchange:
         self._keep_alive = False
         self._request_id = client.runtime.next_request_id()
         self._started = False
+        response_s = route.config.response_s
+        self._response_timeout_s = upstream.timeouts.response_s if response_s is None else response_s
 
     @property
     def status(self) -> int:
@@ -107,8 +113,15 @@ class Exchange:
         """Send what there is of the request."""
         self._connection = connection
         client = self._client
-        hop = Hop(client.client_ip_bytes, b"https", self._request_id, connection.server.authority)
-        self._pending.insert(0, request_head(self.request, hop))
+        hop = Hop(
+            client.client_ip_bytes,
+            client.runtime.proto,
+            self._request_id,
+            connection.server.authority,
+            client.peer_is_trusted,
+            client.runtime.config.forwarded,
+        )
+        self._pending.insert(0, request_head(self.request, hop, self.route.request_rules))
         if self._started:
             client.accept_body(True)
             self._flush()
@@ -184,7 +197,7 @@ class Exchange:
         if connection is None:
             return
         if self._request_ended or connection.write_paused:
-            connection.deadline = monotonic() + self.upstream.timeouts.response_s
+            connection.deadline = monotonic() + self._response_timeout_s
         else:
             connection.deadline = math.inf
 
@@ -194,7 +207,8 @@ class Exchange:
             head = self._reader.read_head(self.request.method)
             while head is not None and head.status < 200:
                 if not self.request.http_1_0:
-                    pieces.append(response_head(head, chunked=False, http_1_0=False, keep_alive=True))
+                    rules = self.route.response_rules
+                    pieces.append(response_head(head, rules, chunked=False, http_1_0=False, keep_alive=True))
                 head = self._reader.read_head(self.request.method)
             if head is None:
                 return pieces
@@ -216,7 +230,10 @@ class Exchange:
         self._chunked_response = unknown_length and not http_1_0
         # A body of unknown length ends an HTTP/1.0 connection; a request not read to its end hides the next one.
         self._keep_alive = self._client.may_keep_alive and self._request_ended and not (unknown_length and http_1_0)
-        return response_head(head, chunked=self._chunked_response, http_1_0=http_1_0, keep_alive=self._keep_alive)
+        rules = self.route.response_rules
+        return response_head(
+            head, rules, chunked=self._chunked_response, http_1_0=http_1_0, keep_alive=self._keep_alive
+        )
 
     def _complete(self, connection: UpstreamConnection) -> None:
         self._connection = None

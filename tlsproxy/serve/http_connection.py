@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from tlsproxy.errors import HttpError, UpstreamError
 from tlsproxy.http.codec import RequestHead, RequestReader
-from tlsproxy.http.replies import error_reply
+from tlsproxy.http.replies import own_reply, redirect_reply
+from tlsproxy.http.routing import Route, redirect_location
 from tlsproxy.serve.client import ClientConnection, PauseReason
 from tlsproxy.serve.exchange import Exchange
 
@@ -23,9 +24,9 @@ _log = logging.getLogger("tlsproxy.access")
 
 
 class HttpConnection(ClientConnection):
-    """A client that speaks HTTP/1.1 inside TLS."""
+    """A client that speaks HTTP/1.1, inside TLS or not."""
 
-    __slots__ = ("_closing_input", "_exchange", "_head_started", "_reader", "client_ip_bytes")
+    __slots__ = ("_closing_input", "_exchange", "_head_started", "_reader", "client_ip_bytes", "peer_is_trusted")
 
     def __init__(self, runtime: ListenerRuntime) -> None:
         super().__init__(runtime)
@@ -34,6 +35,8 @@ class HttpConnection(ClientConnection):
         self._head_started = False
         self._closing_input = False
         self.client_ip_bytes = b""
+        self.peer_is_trusted = False
+        """The peer is a proxy whose word on where requests come from is believed."""
 
     @property
     def may_keep_alive(self) -> bool:
@@ -46,6 +49,7 @@ class HttpConnection(ClientConnection):
     def established(self) -> None:
         """Wait for a request."""
         self.client_ip_bytes = self.client_ip.encode("ascii")
+        self.peer_is_trusted = self.runtime.is_trusted(self.client_ip)
         self.deadline = monotonic() + self.runtime.config.timeouts.header_s
 
     def plaintext_received(self, data: bytes) -> None:
@@ -134,7 +138,7 @@ class HttpConnection(ClientConnection):
             self._record(exchange.request, exchange.upstream.name, exchange.status, exchange.started_s)
             self.abort()
             return
-        self._reply(exchange.request, error.status, exchange.started_s, keep_alive=keep_alive)
+        self._reply(exchange.request, error.status, exchange.started_s, keep_alive=keep_alive, route=exchange.route)
         self._next(keep_alive=keep_alive)
 
     # Inside.
@@ -171,18 +175,32 @@ class HttpConnection(ClientConnection):
     def _begin(self, request: RequestHead) -> bool:
         """Start an exchange, or answer that there is no route (False if that ends the connection)."""
         runtime = self.runtime
-        if runtime.config.limits.body_bytes:
-            self._reader.limit_body(runtime.config.limits.body_bytes)
         route = runtime.router.find(request.host_name, request.path)
-        if route is None:
+        if route is None or route.config.upstream is None:
             keep_alive = request.keep_alive and not request.has_body and not runtime.draining
-            self._reply(request, 404, monotonic(), keep_alive=keep_alive)
+            if route is None:
+                self._reply(request, 404, monotonic(), keep_alive=keep_alive)
+            else:
+                self._redirect(request, route, keep_alive=keep_alive)
             if not keep_alive:
                 self.finish()
             return keep_alive
-        self._exchange = Exchange(self, request, runtime.upstreams[route.upstream])
+        if route.config.body_bytes:
+            self._reader.limit_body(route.config.body_bytes)
+        self._exchange = Exchange(self, request, route, runtime.upstreams[route.config.upstream])
         self._exchange.start()
         return True
+
+    def _redirect(self, request: RequestHead, route: Route, *, keep_alive: bool) -> None:
+        redirect = route.config.redirect
+        assert redirect is not None
+        location = redirect_location(redirect, request)
+        if location is None:
+            self._reply(request, 400, monotonic(), keep_alive=keep_alive, route=route)
+            return
+        fields = route.response_rules.appended
+        self.send(redirect_reply(redirect.status, location, keep_alive=keep_alive, fields=fields))
+        self._record(request, "", redirect.status, monotonic())
 
     def _next(self, *, keep_alive: bool) -> None:
         """Go on with the next request, or close."""
@@ -204,7 +222,7 @@ class HttpConnection(ClientConnection):
         elif exchange.request_ended or self.is_paused:
             self.deadline = math.inf
         else:
-            self.deadline = monotonic() + self.runtime.config.timeouts.body_idle_s
+            self.deadline = monotonic() + exchange.route.config.body_idle_s
 
     def _refuse(self, error: HttpError) -> None:
         """Answer a request that broke a rule or a limit, and close: where the next one starts is not known."""
@@ -214,14 +232,23 @@ class HttpConnection(ClientConnection):
             self.abort()
             return
         if exchange is not None:
-            self._reply(exchange.request, error.status, exchange.started_s, keep_alive=False)
+            self._reply(exchange.request, error.status, exchange.started_s, keep_alive=False, route=exchange.route)
         else:
             self._reply(None, error.status, monotonic(), keep_alive=False)
         self.finish()
 
-    def _reply(self, request: RequestHead | None, status: int, started_s: float, *, keep_alive: bool) -> None:
+    def _reply(
+        self,
+        request: RequestHead | None,
+        status: int,
+        started_s: float,
+        *,
+        keep_alive: bool,
+        route: Route | None = None,
+    ) -> None:
         head_only = request is not None and request.method == b"HEAD"
-        self.send(error_reply(status, keep_alive=keep_alive, head_only=head_only))
+        fields = b"" if route is None else route.response_rules.always
+        self.send(own_reply(status, keep_alive=keep_alive, head_only=head_only, fields=fields))
         self._record(request, "", status, started_s)
 
     def _record(self, request: RequestHead | None, upstream: str, status: int, started_s: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 from collections.abc import Mapping
 from time import monotonic
@@ -25,14 +26,15 @@ SWEEP_S = 1.0
 class ListenerRuntime:
     """One listener in one process. It is the protocol factory for `loop.create_server`.
 
-    `signing_keys` by certificate name, `upstreams` by name. Belongs to one event loop.
+    `tls` is None where the listener has `tls: off`. `signing_keys` by certificate name, `upstreams` by name. Belongs to
+    one event loop.
     """
 
     def __init__(
         self,
         config: ListenerConfig,
         *,
-        tls: TlsContext,
+        tls: TlsContext | None,
         signing_keys: Mapping[str, SigningKey],
         pool: SignerPool,
         upstreams: Mapping[str, Upstream],
@@ -45,6 +47,7 @@ class ListenerRuntime:
         self.pool = pool
         self.upstreams = upstreams
         self.metrics = metrics
+        self.proto = b"http" if tls is None else b"https"
         self.router = Router(config.routes)
         self.draining = False
         self._connection_class: type[ClientConnection] = (
@@ -103,8 +106,9 @@ class ListenerRuntime:
         self._open.add(connection)
         self._per_client[connection.client_ip] = self._per_client.get(connection.client_ip, 0) + 1
         metrics.values[metrics.connections] += 1.0
-        self._handshakes += 1
-        metrics.values[metrics.handshakes_in_flight] += 1.0
+        if self.tls is not None:
+            self._handshakes += 1
+            metrics.values[metrics.handshakes_in_flight] += 1.0
         return True
 
     def handshake_ended(self) -> None:
@@ -119,6 +123,11 @@ class ListenerRuntime:
         if left:
             self._per_client[connection.client_ip] = left
         self.metrics.values[self.metrics.connections] -= 1.0
+
+    def is_trusted(self, ip: str) -> bool:
+        """Tell whether `ip` is one of trusted_proxies."""
+        networks = self.config.trusted_proxies
+        return bool(networks) and any(ipaddress.ip_address(ip) in network for network in networks)
 
     def next_request_id(self) -> bytes:
         """Return an id that no other request to this listener has."""

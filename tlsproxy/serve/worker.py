@@ -69,11 +69,13 @@ class Worker:
         }
         self._listeners = []
         for listener in config.listeners:
-            tls = self._tls_context(
-                [certificates[name] for name in listener.certificates],
-                TlsProfile(listener.profile.value),
-                listener.mode,
-            )
+            tls = None
+            if listener.profile is not None:
+                tls = self._tls_context(
+                    [certificates[name] for name in listener.certificates],
+                    TlsProfile(listener.profile.value),
+                    listener.mode,
+                )
             self._listeners.append(
                 ListenerRuntime(
                     listener,
@@ -121,7 +123,8 @@ class Worker:
     def set_ticket_keys(self, command: NewTicketKeys) -> None:
         """Use other session ticket keys on every listener."""
         for runtime in self._listeners:
-            runtime.tls.set_ticket_keys(command.keys)
+            if runtime.tls is not None:
+                runtime.tls.set_ticket_keys(command.keys)
 
     async def drain(self, deadline_s: float) -> None:
         """Accept no more, let what is under way finish for `deadline_s` at most, cut off the rest."""

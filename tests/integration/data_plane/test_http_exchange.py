@@ -162,7 +162,12 @@ async def test_requests_go_where_their_route_says() -> None:
         backend(always(ok(b"two"))) as two,
         data_plane(
             {"one": [one.port], "two": [two.port]},
-            routes=[("*", "/", "one"), ("b.example", "/", "two"), ("*", "/two", "two"), ("c.example", "/x", "one")],
+            routes=[
+                {"upstream": "one"},
+                {"host": "b.example", "upstream": "two"},
+                {"path": "/two", "upstream": "two"},
+                {"host": "c.example", "path": "/x", "upstream": "one"},
+            ],
         ) as proxy,
     ):
         client = await proxy.connect()

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tlsproxy.config import Address, Balance, Config, ListenerMode, LogFormat, TlsProfile, TokenKind
+from tlsproxy.config import (
+    Address,
+    Balance,
+    Config,
+    ListenerMode,
+    LogFormat,
+    TlsProfile,
+    TokenKind,
+)
 from tlsproxy.config_yaml import load_config, parse_config
 from tlsproxy.errors import ConfigError
 

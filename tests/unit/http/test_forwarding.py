@@ -1,28 +1,43 @@
 from __future__ import annotations
 
-from tlsproxy.http.codec import RequestReader, ResponseReader
-from tlsproxy.http.forwarding import Hop, request_head, response_head
-from tlsproxy.http.replies import error_reply
+import pytest
 
-HOP = Hop(b"192.0.2.7", b"https", b"0123", b"127.0.0.1:8000")
+from tests.routes import NO_RULES
+from tlsproxy.config import HeaderRules
+from tlsproxy.http.codec import RequestHead, RequestReader, ResponseReader
+from tlsproxy.http.forwarding import Hop, RequestRules, ResponseRules, client_address, request_head, response_head
+from tlsproxy.http.replies import own_reply, redirect_reply
+
+HOP = Hop(b"192.0.2.7", b"https", b"0123", b"127.0.0.1:8000", trusted=False, forwarded=False)
 
 
-def forwarded(head: bytes) -> list[bytes]:
+def request_of(head: bytes) -> RequestHead:
     reader = RequestReader(65536)
     reader.receive(head)
     request = reader.read_head()
     assert request is not None
-    lines = request_head(request, HOP).split(b"\r\n")
+    return request
+
+
+def forwarded(head: bytes, hop: Hop = HOP, rules: HeaderRules = NO_RULES) -> list[bytes]:
+    lines = request_head(request_of(head), hop, RequestRules(rules)).split(b"\r\n")
     assert lines[-2:] == [b"", b""]
     return lines[:-2]
 
 
-def returned(head: bytes, *, method: bytes = b"GET", chunked: bool = False, http_1_0: bool = False) -> list[bytes]:
+def returned(
+    head: bytes,
+    *,
+    method: bytes = b"GET",
+    chunked: bool = False,
+    http_1_0: bool = False,
+    rules: ResponseRules = ResponseRules(NO_RULES),  # noqa: B008 - never changed
+) -> list[bytes]:
     reader = ResponseReader()
     reader.receive(head)
     response = reader.read_head(method)
     assert response is not None
-    return response_head(response, chunked=chunked, http_1_0=http_1_0, keep_alive=True).split(b"\r\n")[:-2]
+    return response_head(response, rules, chunked=chunked, http_1_0=http_1_0, keep_alive=True).split(b"\r\n")[:-2]
 
 
 def test_what_the_server_is_told() -> None:
@@ -84,6 +99,91 @@ def test_a_client_without_host_gets_the_servers_name() -> None:
     assert b"Host: 127.0.0.1:8000" in forwarded(b"GET / HTTP/1.0\r\n\r\n")
 
 
+INBOUND = (
+    b"GET / HTTP/1.1\r\nHost: a:8443\r\nX-Forwarded-For: 198.51.100.1\r\nX-Forwarded-For: 10.0.0.9\r\n"
+    b"X-Forwarded-Proto: http\r\nX-Forwarded-Host: b\r\nX-Forwarded-Port: 80\r\nX-Request-ID: theirs\r\n"
+    b"X-Real-IP: 198.51.100.1\r\nX-Forwarded-Server: c\r\n%b\r\n"
+)
+
+
+def test_a_trusted_proxy_is_believed_and_its_list_goes_on() -> None:
+    assert forwarded(INBOUND % b"Forwarded: for=198.51.100.1\r\n", HOP._replace(trusted=True))[1:] == [
+        b"Host: a:8443",
+        b"X-Forwarded-For: 198.51.100.1, 10.0.0.9, 192.0.2.7",
+        b"X-Forwarded-Proto: http",
+        b"X-Forwarded-Host: b",
+        b"X-Request-ID: theirs",
+        b"X-Forwarded-Port: 80",
+        b'Forwarded: for=198.51.100.1, for=192.0.2.7;host="a:8443";proto=https',
+        b"Via: 1.1 tlsproxy",
+    ]
+
+
+def test_a_trusted_proxy_that_says_nothing_changes_nothing() -> None:
+    head = b"GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For:\r\n\r\n"
+    assert forwarded(head, HOP._replace(trusted=True)) == forwarded(head)
+
+
+def test_forwarded_is_written_where_asked_for() -> None:
+    lines = forwarded(INBOUND % b"Forwarded: for=1.1.1.1\r\n", HOP._replace(forwarded=True))
+    assert lines[2] == b"X-Forwarded-For: 192.0.2.7"
+    assert b'Forwarded: for=192.0.2.7;host="a:8443";proto=https' in lines
+    lines = forwarded(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", HOP._replace(forwarded=True, client_ip=b"2001:db8::1"))
+    assert b'Forwarded: for="[2001:db8::1]";host=a;proto=https' in lines
+
+
+@pytest.mark.parametrize(
+    ("field", "address"),
+    [
+        (b"", "10.0.0.1"),
+        (b"198.51.100.1", "198.51.100.1"),
+        (b"198.51.100.1, 10.0.0.9", "198.51.100.1"),
+        (b"1.1.1.1, 198.51.100.1, 10.0.0.9", "198.51.100.1"),
+        (b"10.0.0.8, 10.0.0.9", "10.0.0.8"),
+        (b"198.51.100.1, unknown, 10.0.0.9", "10.0.0.9"),
+        (b"198.51.100.1, \xff", "10.0.0.1"),
+    ],
+)
+def test_the_client_is_the_last_address_that_is_no_trusted_proxy(field: bytes, address: str) -> None:
+    request = request_of(b"GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: %b\r\n\r\n" % field)
+    assert client_address(request, "10.0.0.1", lambda ip: ip.startswith("10.")) == address
+
+
+def test_header_rules_of_a_route_for_requests() -> None:
+    rules = HeaderRules(
+        set=(("X-Set", "new"), ("Host", "inside.example")), add=(("X-Add", "2"),), remove=("Cookie", "X-Gone")
+    )
+    assert forwarded(
+        b"GET / HTTP/1.1\r\nHost: a\r\nx-set: old\r\nX-Set: older\r\nX-Add: 1\r\nCookie: c\r\nx-gone: g\r\n\r\n",
+        rules=rules,
+    ) == [
+        b"GET / HTTP/1.1",
+        b"Host: inside.example",
+        b"X-Add: 1",
+        b"X-Forwarded-For: 192.0.2.7",
+        b"X-Forwarded-Proto: https",
+        b"X-Forwarded-Host: a",
+        b"X-Request-ID: 0123",
+        b"X-Set: new",
+        b"X-Add: 2",
+        b"Via: 1.1 tlsproxy",
+    ]
+
+
+def test_header_rules_of_a_route_for_responses() -> None:
+    rules = ResponseRules(
+        HeaderRules(set=(("Server", "s"),), add=(("X-Add", "2"),), remove=("X-Powered-By",)), (("X-Always", "a"),)
+    )
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nServer: x\r\nx-powered-by: p\r\nX-Add: 1\r\nx-always: x\r\n\r\n"
+    assert returned(head, rules=rules) == [
+        b"HTTP/1.1 200 OK", b"X-Add: 1", b"Server: s", b"X-Add: 2", b"X-Always: a", b"Content-Length: 0",
+    ]  # fmt: skip
+    assert returned(b"HTTP/1.1 103 Early Hints\r\nX-Powered-By: p\r\nLink: l\r\n\r\n", rules=rules) == [
+        b"HTTP/1.1 103 Early Hints",
+        b"Link: l",
+    ]
+
+
 def test_what_the_client_is_told() -> None:
     assert returned(
         b"HTTP/1.1 200 Fine\r\nContent-Length: 2\r\nServer: s\r\nConnection: x-internal\r\nX-Internal: 1\r\n"
@@ -101,7 +201,12 @@ def test_response_framing() -> None:
 
 
 def test_the_proxys_own_replies() -> None:
-    assert error_reply(502, keep_alive=True).endswith(b"Connection: keep-alive\r\n\r\n502 Bad Gateway\n")
-    head = error_reply(404, keep_alive=False, head_only=True)
+    assert own_reply(502, keep_alive=True).endswith(b"Connection: keep-alive\r\n\r\n502 Bad Gateway\n")
+    head = own_reply(404, keep_alive=False, head_only=True)
     assert head.endswith(b"Connection: close\r\n\r\n")
     assert b"Content-Length: %d\r\n" % len(b"404 Not Found\n") in head
+    assert b"\r\nX: 1\r\n\r\n404" in own_reply(404, keep_alive=False, fields=b"X: 1\r\n")
+    assert redirect_reply(301, "https://a/", keep_alive=False, fields=b"X: 1\r\n") == (
+        b"HTTP/1.1 301 Moved Permanently\r\nLocation: https://a/\r\nContent-Length: 0\r\nConnection: close\r\n"
+        b"X: 1\r\n\r\n"
+    )

@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from tlsproxy.config import Origin, RouteConfig
-from tlsproxy.http.routing import Router
+from tests.routes import route
+from tlsproxy.config import HeaderRules, HstsConfig, RedirectConfig
+from tlsproxy.http.codec import RequestReader
+from tlsproxy.http.routing import Router, redirect_location
 from tlsproxy.http.target import host_name, routing_path
 
-ORIGIN = Origin("f", 1, 1, "routes")
 ROUTER = Router(
     [
-        RouteConfig(host, path, upstream, ORIGIN)
+        route(host=host, path=path, upstream=upstream)
         for host, path, upstream in [
             ("*", "/", "default"),
             ("www.example.com", "/", "www"),
@@ -38,12 +39,50 @@ ROUTER = Router(
     ],
 )
 def test_host_first_then_the_longest_path(host: str, path: bytes, upstream: str | None) -> None:
-    route = ROUTER.find(host, path)
-    assert (route.upstream if route else None) == upstream
+    found = ROUTER.find(host, path)
+    assert (found.config.upstream if found else None) == upstream
 
 
 def test_no_route_for_an_unknown_host() -> None:
-    assert Router([RouteConfig("a", "/", "u", ORIGIN)]).find("b", b"/") is None
+    assert Router([route(host="a")]).find("b", b"/") is None
+
+
+def location(redirect: RedirectConfig, head: bytes) -> str | None:
+    reader = RequestReader(65536)
+    reader.receive(head)
+    request = reader.read_head()
+    assert request is not None
+    return redirect_location(redirect, request)
+
+
+@pytest.mark.parametrize(
+    ("redirect", "expected"),
+    [
+        (RedirectConfig("https", None, None, 301), "https://www.example.com/a%20b/../c?d=e"),
+        (RedirectConfig("https", None, 8443, 301), "https://www.example.com:8443/a%20b/../c?d=e"),
+        (RedirectConfig("http", "other.example", None, 301), "http://other.example/a%20b/../c?d=e"),
+    ],
+)
+def test_a_redirect_keeps_path_and_query_and_drops_the_old_port(redirect: RedirectConfig, expected: str) -> None:
+    assert location(redirect, b"GET /a%20b/../c?d=e HTTP/1.1\r\nHost: WWW.example.com:8080\r\n\r\n") == expected
+
+
+def test_a_redirect_of_no_path_and_of_no_host() -> None:
+    redirect = RedirectConfig("https", None, None, 308)
+    assert location(redirect, b"OPTIONS * HTTP/1.1\r\nHost: [::1]:80\r\n\r\n") == "https://[::1]/"
+    assert location(redirect, b"GET / HTTP/1.0\r\n\r\n") is None
+
+
+def test_hsts_is_part_of_every_answer() -> None:
+    for hsts, value in [
+        (HstsConfig(31536000, False, False), b"max-age=31536000"),
+        (HstsConfig(0, True, True), b"max-age=0; includeSubDomains; preload"),
+    ]:
+        found = Router([route(hsts=hsts, response_headers=HeaderRules((("X", "1"),), (), ()))]).find("a", b"/")
+        assert found is not None
+        line = b"Strict-Transport-Security: " + value + b"\r\n"
+        assert (found.response_rules.always, found.response_rules.appended) == (line, b"X: 1\r\n" + line)
+        assert b"strict-transport-security" in found.response_rules.not_sent
 
 
 @pytest.mark.parametrize(
