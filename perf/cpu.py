@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,24 +11,23 @@ _CLOCK_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU seconds, user and system, that a process's live threads have used.
+    """CPU seconds, user and system, that a process has used; 0 once it has ended.
 
-    Reads /proc/PID/task/*/schedstat (Documentation/scheduler/sched-stats.rst); where the kernel has no such file, the
-    10 ms ticks of /proc/PID/stat. A process that has ended counts as 0: compare only processes that live on.
+    Nanoseconds of the live threads, from /proc/PID/task/*/schedstat (Documentation/scheduler/sched-stats.rst).
+    Threads that have ended are only in the 10 ms ticks of /proc/PID/stat: the larger figure is the right one.
     """
-    try:
-        total_ns = 0
+    total_ns = 0
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         for task in Path(f"/proc/{pid}/task").iterdir():
-            total_ns += int((task / "schedstat").read_text().split()[0])
-        return total_ns / 1e9
-    except FileNotFoundError:
-        return _cpu_seconds_in_ticks(pid)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                total_ns += int((task / "schedstat").read_text().split()[0])
+    return max(total_ns / 1e9, _cpu_seconds_in_ticks(pid))
 
 
 def _cpu_seconds_in_ticks(pid: int) -> float:
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return 0.0
     user, system = text[text.rindex(")") + 2 :].split()[11:13]
     return (int(user) + int(system)) * _CLOCK_TICK_S

@@ -1,95 +1,162 @@
-"""CPU seconds of each server process for a full handshake, this proxy against nginx, in one interleaved run.
+"""CPU and rate of TLS handshakes, this proxy against its peers, in one interleaved run.
 
-Both servers stay up for the whole run and take turns; the figures are medians over the turns. On a noisy machine the
+All servers stay up for the whole run and take turns; the figures are medians over the turns. On a noisy machine the
 ratio of two medians from the same minutes is the only figure to trust.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
-from dataclasses import dataclass, field
-from pathlib import Path
+import functools
+import ssl
+from collections.abc import Callable, Sequence
 
 from hsm.messages import KeyType
-from perf.load import HandshakeLoad, quantile, run_handshakes
-from perf.setups import NginxKeyFile, Setup, TlsproxySoft, make_credential
+from perf.clients import Clients
+from perf.handshake_load import HandshakeLoad, run_handshakes
+from perf.options import add_load_arguments, add_server_arguments, chosen_servers, write_json
+from perf.setups.base import PROXY_ROLE, Server
+from perf.setups.catalogue import Servers
+from perf.tables import Table, quantiles_ms, warnings
+from perf.turns import Results, Turn, interleave
 
-
-@dataclass(slots=True)
-class Turns:
-    """What one setup did over its turns."""
-
-    cpu_us: dict[str, list[float]] = field(default_factory=dict)
-    """Role to CPU microseconds per handshake, a value for each turn."""
-    per_second: list[float] = field(default_factory=list)
-    p99_ms: list[float] = field(default_factory=list)
-
-    def median_cpu_us(self, role: str) -> float:
-        """NaN for a role the setup does not have."""
-        return statistics.median(self.cpu_us[role]) if role in self.cpu_us else float("nan")
-
-
-def take_turn(setup: Setup, load: HandshakeLoad, turns: Turns) -> None:
-    """Run the load once and add what it cost. Raises RuntimeError if a handshake failed or was resumed."""
-    before = setup.cpu_seconds_by_role()
-    result = run_handshakes(load)
-    after = setup.cpu_seconds_by_role()
-    if result.failures or result.resumed:
-        raise RuntimeError(f"{setup.name}: failures {result.failures}, resumed {result.resumed}: not a fair turn")
-    for role in filter(None, after):
-        turns.cpu_us.setdefault(role, []).append((after[role] - before[role]) / result.completed * 1e6)
-    turns.per_second.append(result.per_second)
-    turns.p99_ms.append(quantile(result.latencies_s, 0.99) * 1e3)
+SERVERS = ("nginx", "tlsproxy")
+_TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's options."""
+    add_server_arguments(parser, SERVERS)
+    add_load_arguments(parser, seconds=1.0, turns=7, concurrency=16)
+    add_handshake_arguments(parser)
     parser.add_argument(
         "--key-type", type=KeyType, action="append", metavar="TYPE", help="default: ecdsa-p256, rsa-2048"
     )
-    parser.add_argument("--count", type=int, default=1500, help="handshakes a turn (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=7, help="turns of each server (default: %(default)s)")
-    parser.add_argument("--concurrency", type=int, default=16, help="connections under way (default: %(default)s)")
+    parser.add_argument(
+        "--latency-ms",
+        type=float,
+        action="append",
+        metavar="MS",
+        help="what a signature of the HSMs takes beyond their CPU time; repeat to compare (default: 0)",
+    )
+
+
+def add_handshake_arguments(parser: argparse.ArgumentParser) -> None:
+    """What kind of handshakes."""
+    parser.add_argument("--tls", choices=_TLS_VERSIONS, default="1.3", help="TLS version (default: %(default)s)")
+    parser.add_argument("--resumed", action="store_true", help="resume one ticket instead of full handshakes")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print a Markdown table for each key type."""
-    for key_type in arguments.key_type or [KeyType.ECDSA_P256, KeyType.RSA_2048]:
-        with tempfile.TemporaryDirectory(prefix="perf-") as name:
-            directory = Path(name)
-            credential = make_credential(directory / "credential", key_type)
-            with (
-                NginxKeyFile(directory / "nginx", credential, workers=1) as nginx,
-                TlsproxySoft(directory / "tlsproxy", credential, workers=1) as proxy,
-            ):
-                _compare(key_type, nginx, proxy, arguments)
-    return 0
+    measured: dict[str, Results[tuple[str, float]]] = {}
+    key_types = arguments.key_type or [KeyType.ECDSA_P256, KeyType.RSA_2048]
+    # Whoever runs a target has chosen its key.
+    for key_type in key_types[:1] if arguments.target else key_types:
+        with chosen_servers(arguments, key_type) as servers, Clients(arguments.clients) as clients:
+            results = measure_handshakes(clients, servers, arguments)
+        key_name = "" if arguments.target else f", {key_type.value}"
+        print(handshake_table(f"Handshakes{key_name}", results, arguments).markdown())
+        measured[key_type.value] = results
+        if results.interrupted:
+            break
+    write_json(arguments.json, measured)
+    return 130 if any(results.interrupted for results in measured.values()) else 0
 
 
-def _compare(key_type: KeyType, nginx: Setup, proxy: Setup, arguments: argparse.Namespace) -> None:
-    results = {setup.name: Turns() for setup in (nginx, proxy)}
-    for turn in range(arguments.turns + 1):
-        for setup in (nginx, proxy):
-            load = HandshakeLoad(
-                host="127.0.0.1",
-                port=setup.port,
-                server_name="localhost",
-                ca_file=setup.credential.ca_file,
-                count=arguments.count,
-                concurrency=arguments.concurrency,
+def take_handshakes(clients: Clients, server: Server, arguments: argparse.Namespace) -> Turn:
+    """One server's turn. Raises RuntimeError if handshakes were resumed that must be full, or the other way round."""
+    load = HandshakeLoad(
+        server.host,
+        server.port,
+        server.server_name,
+        server.ca_file,
+        arguments.seconds,
+        arguments.concurrency,
+        arguments.rate,
+        tls_version=_TLS_VERSIONS[arguments.tls],
+        resume=arguments.resumed,
+    )
+    charged = clients.run(run_handshakes, load, server.pids_by_role())
+    result = charged.result
+    if result.resumed != (result.completed if arguments.resumed else 0):
+        raise RuntimeError(f"{server.name}: {result.resumed} of {result.completed} handshakes were resumed")
+    return Turn.of(charged)
+
+
+def measure_handshakes(
+    clients: Clients, servers: Sequence[Server], arguments: argparse.Namespace
+) -> Results[tuple[str, float]]:
+    """Let the servers take turns at each HSM latency (s)."""
+    return interleave(
+        cases_by_latency(
+            servers, arguments.latency_ms or [0.0], lambda server: take_handshakes(clients, server, arguments)
+        ),
+        arguments.turns,
+        "handshakes",
+    )
+
+
+def cases_by_latency(
+    servers: Sequence[Server], latencies_ms: Sequence[float], take: Callable[[Server], Turn]
+) -> dict[tuple[str, float], Callable[[], Turn]]:
+    """Cases for interleave(): every server at every HSM latency, by name and latency in seconds.
+
+    Raises RuntimeError for latencies of HSMs that are not there.
+    """
+    hsms = servers.site.hsms if isinstance(servers, Servers) else ()
+    if any(latencies_ms) and not hsms:
+        raise RuntimeError("--latency-ms is for servers whose key is in an HSM of this run: those with -pkcs11")
+
+    def take_at(server: Server, latency_s: float) -> Turn:
+        for hsm in hsms:
+            hsm.set_latency(latency_s)
+        return take(server)
+
+    return {
+        (server.name, latency_ms / 1e3): functools.partial(take_at, server, latency_ms / 1e3)
+        for latency_ms in latencies_ms
+        for server in servers
+    }
+
+
+def handshake_table(title: str, results: Results[tuple[str, float]], arguments: argparse.Namespace) -> Table:
+    """What came of it; ratios are to the first server at the same latency."""
+    rows = []
+    baselines: dict[float, tuple[float, float]] = {}
+    for (name, latency_s), series in results.items():
+        total = series.cpu_s()
+        baseline_s, baseline_per_second = baselines.setdefault(latency_s, (total, series.per_second))
+        own = series.cpu_s(PROXY_ROLE)
+        least, greatest = series.proxy_cpu_spread_s()
+        rows.append(
+            (
+                f"{latency_s * 1e3:g} ms",
+                name,
+                f"{own * 1e6:.0f} ({least * 1e6:.0f}-{greatest * 1e6:.0f})",
+                f"{total * 1e6:.0f}",
+                f"{total / baseline_s:.2f}",
+                f"{series.per_second:.0f}",
+                f"{series.per_second / baseline_per_second:.2f}" if baseline_per_second else "-",
+                quantiles_ms(series.latencies, 0.5, 0.99),
             )
-            # The first turn of each warms caches, allocators and pools; it does not count.
-            take_turn(setup, load, results[setup.name] if turn else Turns())
-    baseline = results[nginx.name].median_cpu_us("proxy")
-    print(f"\n### {key_type.value}, TLS 1.3, {arguments.turns} turns of {arguments.count} handshakes\n")
-    print("| server | proxy CPU us/handshake | x nginx | hsm CPU us | handshakes/s | p99 ms |")
-    print("|---|---|---|---|---|---|")
-    for name, turns in results.items():
-        own = turns.median_cpu_us("proxy")
-        print(
-            f"| {name} | {own:.0f} ({min(turns.cpu_us['proxy']):.0f}-{max(turns.cpu_us['proxy']):.0f}) "
-            f"| {own / baseline:.2f} | {turns.median_cpu_us('hsm'):.0f} | {statistics.median(turns.per_second):.0f} "
-            f"| {statistics.median(turns.p99_ms):.1f} |"
         )
+    kind = "resumed" if arguments.resumed else "full"
+    loop = "closed loop" if arguments.rate is None else f"open loop, {arguments.rate:g} due each second"
+    first = next(iter(results))[0]
+    return Table(
+        title,
+        f"TLS {arguments.tls}, {kind} handshakes, {arguments.turns} turns of {arguments.seconds:g} s, "
+        f"{arguments.concurrency} at a time, {loop}. The ratios are to {first}.{warnings(results)}",
+        (
+            "HSM latency",
+            "server",
+            "proxy CPU us/handshake",
+            "all processes",
+            f"x {first}",
+            "handshakes/s",
+            f"x {first}",
+            "p50 / p99 ms",
+        ),
+        rows,
+    )

@@ -1,169 +1,234 @@
-"""The load client: full TLS handshakes from non-blocking sockets, in as many processes as asked.
+"""One client process's load: many connections on one selector, closed loop or open.
 
-Closed loop: `concurrency` connections are kept under way until `count` are done. Each one is a full handshake with the
-chain verified, proven unresumed, then close_notify and the server's end of the connection, so that the server has
-finished its part as well when the connection counts as done. Latency runs from connect() to the end of the client's
-handshake.
+Closed loop: `concurrency` exchanges are kept under way. Open loop: exchanges are due at `rate` a second, Poisson
+arrivals, whatever the server does; at most `concurrency` are under way, what is due beyond that waits, and latency
+counts from the time it was *due*: a server that stands still is charged for every exchange that it holds up
+(no coordinated omission). What was due and could not even begin is a failure.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import random
+import select
 import selectors
-import socket
 import ssl
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol, TypeVar
+
+from perf.histogram import Histogram
+
+_TAIL_S = 30.0
+"""What is under way at the end may take so much longer."""
 
 
 @dataclass(frozen=True, slots=True)
-class HandshakeLoad:
-    """What to do: `count` handshakes in all, `concurrency` at a time, shared by `processes`."""
+class Load:
+    """Whom to load, for how long, and how much."""
 
     host: str
     port: int
     server_name: str
     ca_file: Path
-    count: int
+    seconds: float
     concurrency: int
-    processes: int = 1
-    tls_version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3
-    give_up_s: float = 120.0
-    """The whole run ends then, whatever is left."""
+    rate: float | None
+    """Exchanges due each second; None for a closed loop."""
+    seed: int = 1
+
+
+LoadType = TypeVar("LoadType", bound=Load)
+
+
+def shares(load: LoadType, processes: int) -> list[LoadType]:
+    """Split a load among client processes."""
+    sizes = [load.concurrency // processes + (index < load.concurrency % processes) for index in range(processes)]
+    rate = None if load.rate is None else load.rate / processes
+    return [
+        replace(load, concurrency=size, rate=rate, seed=load.seed * 1000 + index)
+        for index, size in enumerate(sizes)
+        if size
+    ]
 
 
 @dataclass(slots=True)
 class LoadResult:
-    """What came of it. Latencies are seconds, in order of completion."""
+    """What came of it."""
 
     completed: int = 0
     resumed: int = 0
-    failures: dict[str, int] = field(default_factory=dict)
-    latencies_s: list[float] = field(default_factory=list)
+    received_bytes: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    latencies: Histogram = field(default_factory=Histogram)
+    """Closed loop: from the exchange's begin; open loop: from when it was due."""
     elapsed_s: float = 0.0
     client_cpu_s: float = 0.0
-
-    @property
-    def failed(self) -> int:
-        """Connections that ended in any error."""
-        return sum(self.failures.values())
+    client_busy: float = 0.0
+    """The part of its time a client process computed or waited for a CPU: near 1 it is what limits the run."""
 
     @property
     def per_second(self) -> float:
-        """Completed handshakes a second."""
+        """Completed exchanges a second."""
         return self.completed / self.elapsed_s if self.elapsed_s else 0.0
 
 
-def quantile(values: Sequence[float], q: float) -> float:
-    """The nearest-rank quantile; NaN of nothing."""
-    if not values:
-        return float("nan")
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
-
-
-class _Connection:
-    """One connection's way through connect, handshake, close."""
-
-    __slots__ = ("handshaken", "started", "tls")
-
-    def __init__(self, load: HandshakeLoad, context: ssl.SSLContext) -> None:
-        raw = socket.socket(socket.AF_INET6 if ":" in load.host else socket.AF_INET)
-        raw.setblocking(False)
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.started = time.perf_counter()
-        self.handshaken: float | None = None
-        raw.connect_ex((load.host, load.port))
-        self.tls = context.wrap_socket(
-            raw, server_hostname=load.server_name, do_handshake_on_connect=False, suppress_ragged_eofs=False
-        )
-
-    def advance(self) -> int | None:
-        """Do what can be done. Return the selector events to wait for, or None when finished. Raises OSError."""
-        try:
-            if self.handshaken is None:
-                self.tls.do_handshake()
-                self.handshaken = time.perf_counter()
-            self.tls.unwrap()
-        except ssl.SSLWantReadError:
-            return selectors.EVENT_READ
-        except ssl.SSLWantWriteError:
-            return selectors.EVENT_WRITE
-        except ssl.SSLEOFError:
-            # nginx answers close_notify by closing: the end is as good, but only after the handshake.
-            if self.handshaken is None:
-                raise
-        return None
-
-
-def client_context(ca_file: Path, tls_version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
-    """A context that verifies the server and speaks one TLS version."""
-    context = ssl.create_default_context(cafile=ca_file)
-    context.minimum_version = context.maximum_version = tls_version
-    return context
-
-
-def _run_one_process(load: HandshakeLoad) -> LoadResult:
-    context = client_context(load.ca_file, load.tls_version)
-    result = LoadResult()
-    cpu_before = time.process_time()
-    selector = selectors.DefaultSelector()
-    started = time.perf_counter()
-    give_up_at = started + load.give_up_s
-    begun = 0
-    under_way = 0
-
-    def fail(reason: str) -> None:
-        result.failures[reason] = result.failures.get(reason, 0) + 1
-
-    while under_way or begun < load.count:
-        while under_way < load.concurrency and begun < load.count:
-            connection = _Connection(load, context)
-            selector.register(connection.tls, selectors.EVENT_WRITE, connection)
-            begun += 1
-            under_way += 1
-        for key, _ in selector.select(timeout=1.0):
-            connection = key.data
-            try:
-                wanted = connection.advance()
-            except OSError as error:
-                fail(getattr(error, "reason", None) or type(error).__name__)
-            else:
-                if wanted is not None:
-                    if wanted != key.events:
-                        selector.modify(connection.tls, wanted, connection)
-                    continue
-                result.completed += 1
-                result.resumed += bool(connection.tls.session_reused)
-                result.latencies_s.append(connection.handshaken - connection.started)
-            selector.unregister(key.fileobj)
-            connection.tls.close()
-            under_way -= 1
-        if time.perf_counter() > give_up_at:
-            result.failures["given up"] = result.failures.get("given up", 0) + under_way + load.count - begun
-            break
-    result.elapsed_s = time.perf_counter() - started
-    result.client_cpu_s = time.process_time() - cpu_before
-    return result
-
-
-def run_handshakes(load: HandshakeLoad) -> LoadResult:
-    """Carry out the load and return the sum over its processes; `elapsed_s` is the slowest process's."""
-    share = replace(
-        load, count=load.count // load.processes, concurrency=max(1, load.concurrency // load.processes), processes=1
-    )
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(load.processes, mp_context=context) as executor:
-        parts = list(executor.map(_run_one_process, [share] * load.processes))
-    total = LoadResult(elapsed_s=max(part.elapsed_s for part in parts))
+def merged(parts: Iterable[LoadResult]) -> LoadResult:
+    """Add up client processes that ran at the same time; the busiest one counts, and the one that took longest."""
+    total = LoadResult()
     for part in parts:
         total.completed += part.completed
         total.resumed += part.resumed
-        total.latencies_s += part.latencies_s
+        total.received_bytes += part.received_bytes
+        total.failures += part.failures
+        total.latencies.add(part.latencies)
         total.client_cpu_s += part.client_cpu_s
-        for reason, number in part.failures.items():
-            total.failures[reason] = total.failures.get(reason, 0) + number
+        total.elapsed_s = max(total.elapsed_s, part.elapsed_s)
+        total.client_busy = max(total.client_busy, part.client_busy)
     return total
+
+
+class Exchange(Protocol):
+    """Something a client does over and over: a handshake, or a request on a connection that lives on."""
+
+    tls: ssl.SSLSocket
+    done_s: float
+    """When what counts as latency ended, by time.perf_counter()."""
+
+    def begin(self) -> int:
+        """Begin; return the selector events to wait for. Raises OSError."""
+
+    def advance(self) -> int:
+        """Do what can be done now; return the selector events to wait for, 0 when all is done. Raises OSError."""
+
+    def add_to(self, result: LoadResult) -> None:
+        """Count what is particular to this exchange, which is done."""
+
+
+def _cpu_and_run_delay_s() -> tuple[float, float]:
+    """This process's CPU time, and how long its one thread was ready to run and had no CPU."""
+    with contextlib.suppress(FileNotFoundError):
+        used_ns, waited_ns, _ = map(int, Path("/proc/self/schedstat").read_text().split())
+        return used_ns / 1e9, waited_ns / 1e9
+    return time.process_time(), 0.0
+
+
+class _Driver:
+    """The loop of one client process."""
+
+    def __init__(self, load: Load, make: Callable[[], Exchange], *, reusable: bool) -> None:
+        self._load = load
+        self._reusable = reusable
+        self._make = make
+        self._result = LoadResult()
+        self._selector = selectors.EpollSelector()
+        self._registered: dict[Exchange, int] = {}
+        self._started_s: dict[Exchange, float] = {}
+        self._idle: list[Exchange] = []
+        self._due_s: deque[float] = deque()
+        self._random = random.Random(load.seed)
+
+    def run(self, ready: Callable[[], None]) -> LoadResult:
+        """Make connections that can live on, call `ready`, then load until the time is over."""
+        if self._reusable:
+            self._idle = [self._make() for _ in range(self._load.concurrency)]
+        ready()
+        cpu_s, delay_s = _cpu_and_run_delay_s()
+        started_s = time.perf_counter()
+        end_s = started_s + self._load.seconds
+        next_due_s = started_s
+        while (now_s := time.perf_counter()) < end_s or (self._started_s and now_s < end_s + _TAIL_S):
+            if self._load.rate is None:
+                wanted = self._load.concurrency - len(self._started_s) if now_s < end_s else 0
+                self._due_s.extend([now_s] * wanted)
+            else:
+                while next_due_s <= min(now_s, end_s):
+                    self._due_s.append(next_due_s)
+                    next_due_s += self._random.expovariate(self._load.rate)
+            while self._due_s and len(self._started_s) < self._load.concurrency and now_s < end_s:
+                self._begin(self._due_s.popleft())
+            self._wait(min(next_due_s, end_s) if self._load.rate is not None and now_s < end_s else now_s + 0.05)
+        result = self._result
+        result.elapsed_s = time.perf_counter() - started_s
+        cpu_after_s, delay_after_s = _cpu_and_run_delay_s()
+        result.client_cpu_s = cpu_after_s - cpu_s
+        result.client_busy = (result.client_cpu_s + delay_after_s - delay_s) / result.elapsed_s
+        for reason, number in (("never begun", len(self._due_s)), ("never done", len(self._started_s))):
+            if number:
+                result.failures[reason] += number
+        for exchange in (*self._idle, *self._started_s):
+            exchange.tls.close()
+        self._selector.close()
+        return result
+
+    def _begin(self, due_s: float) -> None:
+        try:
+            exchange = self._idle.pop() if self._idle else self._make()
+        except OSError as error:
+            self._fail(error)
+            return
+        self._started_s[exchange] = due_s
+        try:
+            self._watch(exchange, exchange.begin())
+        except OSError as error:
+            self._drop(exchange)
+            self._fail(error)
+
+    def _wait(self, until_s: float) -> None:
+        left_s = max(0.0, until_s - time.perf_counter())
+        if self._load.rate is not None:
+            # epoll_wait rounds up to milliseconds; select() on epoll's own descriptor does not.
+            select.select([self._selector], [], [], left_s)
+            left_s = 0.0
+        for key, _ in self._selector.select(left_s):
+            exchange: Exchange = key.data
+            try:
+                events = exchange.advance()
+            except OSError as error:
+                self._drop(exchange)
+                self._fail(error)
+                continue
+            if events:
+                self._watch(exchange, events)
+            else:
+                self._done(exchange)
+
+    def _done(self, exchange: Exchange) -> None:
+        result = self._result
+        result.completed += 1
+        exchange.add_to(result)
+        result.latencies.record(exchange.done_s - self._started_s[exchange])
+        if self._reusable:
+            del self._started_s[exchange]
+            self._idle.append(exchange)
+        else:
+            self._drop(exchange)
+
+    def _watch(self, exchange: Exchange, events: int) -> None:
+        known = self._registered.get(exchange)
+        if known is None:
+            self._selector.register(exchange.tls, events, exchange)
+        elif known != events:
+            self._selector.modify(exchange.tls, events, exchange)
+        self._registered[exchange] = events
+
+    def _drop(self, exchange: Exchange) -> None:
+        del self._started_s[exchange]
+        if self._registered.pop(exchange, None) is not None:
+            self._selector.unregister(exchange.tls)
+        exchange.tls.close()
+
+    def _fail(self, error: OSError) -> None:
+        self._result.failures[getattr(error, "reason", None) or type(error).__name__] += 1
+
+
+def drive(load: Load, make: Callable[[], Exchange], ready: Callable[[], None], *, reusable: bool) -> LoadResult:
+    """Carry out a load in this process.
+
+    `make` makes an Exchange, for every time or, if they are `reusable`, for as often as it goes well. `ready` is called
+    when all is prepared, and returns when it may begin.
+    """
+    return _Driver(load, make, reusable=reusable).run(ready)

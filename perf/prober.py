@@ -1,63 +1,76 @@
 """A client on one established keep-alive connection, asking at a steady rate: what it sees is what users see.
 
-Open loop: each request has its intended start, and its latency counts from there, however late it could be sent, so a
-server that stands still is charged for every request that it should have answered meanwhile: no coordinated omission.
+Open loop: each request has the time when it is due, and its latency counts from there, however late it could be sent.
+So a server that stands still is charged for every request that it holds up: no coordinated omission.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
-import socket
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from perf.load import client_context
+from perf.clients import client_context, connect
+from perf.histogram import Histogram
+from perf.request_load import ResponseReader
+from perf.setups.base import Server
 
-_REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+_GIVE_UP_S = 120.0
+_ANSWER_LIMIT_S = 30.0
 
 
 @dataclass(slots=True)
 class ProbeResult:
-    """What the prober saw: a latency in seconds for each request that was answered with 200."""
+    """What the prober saw."""
 
     asked: int = 0
-    latencies_s: list[float] = field(default_factory=list)
-
-    @property
-    def served(self) -> int:
-        """Requests answered with 200."""
-        return len(self.latencies_s)
-
-    def slower_than(self, seconds: float) -> int:
-        """Requests that took longer."""
-        return sum(latency > seconds for latency in self.latencies_s)
+    """Requests that became due. Once the connection has failed all further ones count as unanswered."""
+    latencies: Histogram = field(default_factory=Histogram)
+    """Of those answered with 200."""
 
 
 def _probe(
-    port: int, ca_file: Path, per_second: float, stop: multiprocessing.connection.Connection, give_up_s: float
+    host: str,
+    port: int,
+    server_name: str,
+    ca_file: Path,
+    per_second: float,
+    stop: multiprocessing.connection.Connection,
 ) -> None:
+    # Ctrl-C is the parent's to handle: it asks for what there is.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     result = ProbeResult()
-    raw = socket.create_connection(("127.0.0.1", port))
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    raw.settimeout(10)
-    with client_context(ca_file).wrap_socket(raw, server_hostname="localhost") as connection:
+    request = f"GET / HTTP/1.1\r\nHost: {server_name}\r\n\r\n".encode()
+    reader = ResponseReader()
+    buffer = memoryview(bytearray(65536))
+    with connect(host, port, server_name, client_context(ca_file)) as connection:
+
+        def ask() -> None:
+            connection.sendall(request)
+            while True:
+                received = connection.recv_into(buffer)
+                if not received:
+                    raise ConnectionError("the server closed the connection")
+                if reader.feed(buffer[:received]):
+                    return
+
         # The first answer opens the upstream connection; it also tells the parent that the prober is at work.
-        connection.sendall(_REQUEST)
-        connection.recv(65536)
+        ask()
         stop.send("ready")
-        started = time.perf_counter()
-        while not stop.poll():
-            intended = started + result.asked / per_second
-            if intended - started > give_up_s:
-                break
-            time.sleep(max(0.0, intended - time.perf_counter()))
-            connection.sendall(_REQUEST)
-            result.asked += 1
-            answer = connection.recv(65536)
-            if answer.startswith(b"HTTP/1.1 200 "):
-                result.latencies_s.append(time.perf_counter() - intended)
+        started_s = time.perf_counter()
+        with contextlib.suppress(OSError):
+            while not stop.poll() and result.asked < _GIVE_UP_S * per_second:
+                due_s = started_s + result.asked / per_second
+                time.sleep(max(0.0, due_s - time.perf_counter()))
+                result.asked += 1
+                ask()
+                result.latencies.record(time.perf_counter() - due_s)
+    stop.poll(_GIVE_UP_S)
+    result.asked = max(result.asked, int((time.perf_counter() - started_s) * per_second))
     stop.send(result)
 
 
@@ -66,10 +79,11 @@ class Prober:
 
     result: ProbeResult
 
-    def __init__(self, port: int, ca_file: Path, per_second: float = 100.0, give_up_s: float = 120.0) -> None:
+    def __init__(self, server: Server, per_second: float) -> None:
         context = multiprocessing.get_context("spawn")
         self._end, child_end = context.Pipe()
-        self._process = context.Process(target=_probe, args=(port, ca_file, per_second, child_end, give_up_s))
+        where = (server.host, server.port, server.server_name, server.ca_file)
+        self._process = context.Process(target=_probe, args=(*where, per_second, child_end), daemon=True)
 
     def __enter__(self) -> Prober:
         self._process.start()
@@ -84,7 +98,10 @@ class Prober:
         self._process.join()
 
     def _receive(self) -> object:
-        if not self._end.poll(30):
+        if not self._end.poll(_ANSWER_LIMIT_S):
             self._process.kill()
-            raise RuntimeError("the prober gave no answer for 30 s")
-        return self._end.recv()
+            raise RuntimeError(f"the prober gave no answer for {_ANSWER_LIMIT_S:g} s")
+        try:
+            return self._end.recv()
+        except EOFError:
+            raise RuntimeError("the prober's first request failed") from None

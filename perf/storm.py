@@ -1,99 +1,106 @@
-"""What a keep-alive client sees while handshakes storm and the HSM is slow, and what the storm itself gets done.
+"""What a client on an established connection sees while handshakes storm, and what the storm gets done.
 
-SoftHSM2 stands behind a module that sleeps in C_Sign. The same servers run without and with the sleep, in turns.
+The servers' keys are in SoftHSM2 behind a module that sleeps in C_Sign. A prober asks at a steady rate on one
+keep-alive connection: first while all is quiet, then during the storm, the servers in turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
+import dataclasses
+import functools
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
 from hsm.messages import KeyType
-from perf.load import HandshakeLoad, quantile, run_handshakes
+from perf.clients import Clients
+from perf.handshakes import add_handshake_arguments, cases_by_latency, take_handshakes
+from perf.histogram import Histogram
+from perf.options import add_load_arguments, add_server_arguments, chosen_servers, write_json
 from perf.prober import Prober
-from perf.setups import SlowHsm, TlsproxySlowHsm, make_credential
+from perf.setups.base import Server
+from perf.tables import Table, quantiles_ms, warnings
+from perf.turns import Results, Series, Turn, interleave
 
-
-@dataclass(slots=True)
-class Storm:
-    """What came of the turns at one latency."""
-
-    per_second: list[float] = field(default_factory=list)
-    cpu_us: list[float] = field(default_factory=list)
-    handshake_s: list[float] = field(default_factory=list)
-    probe_s: list[float] = field(default_factory=list)
-    asked: int = 0
+SERVERS = ("nginx-pkcs11", "tlsproxy-pkcs11", "stunnel-pkcs11")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's options."""
-    parser.add_argument("--latency-ms", type=float, action="append", metavar="MS", help="default: 0, 20")
-    parser.add_argument("--sessions", type=int, default=64, help="PKCS#11 sessions (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=3000, help="handshakes a turn (default: %(default)s)")
-    parser.add_argument("--concurrency", type=int, default=200, help="handshakes under way (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=5, help="turns at each latency (default: %(default)s)")
+    add_server_arguments(parser, SERVERS)
+    add_load_arguments(parser, seconds=3.0, turns=3, concurrency=64)
+    add_handshake_arguments(parser)
+    parser.add_argument(
+        "--latency-ms", type=float, action="append", metavar="MS", help="of the HSMs; repeat to compare (default: 20)"
+    )
     parser.add_argument("--probe-rate", type=float, default=100.0, help="requests a second (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print a Markdown table."""
-    latencies_ms: Sequence[float] = arguments.latency_ms or [0.0, 20.0]
-    storms = {latency_ms: Storm() for latency_ms in latencies_ms}
-    with tempfile.TemporaryDirectory(prefix="perf-") as name:
-        directory = Path(name)
-        credential = make_credential(directory / "credential", KeyType.ECDSA_P256)
-        hsm = SlowHsm(directory / "hsm", credential)
-        with TlsproxySlowHsm(directory / "tlsproxy", credential, 1, hsm, arguments.sessions) as proxy:
-            for turn in range(arguments.turns + 1):
-                for latency_ms, storm in storms.items():
-                    hsm.control.set_sign_latency(latency_ms / 1e3)
-                    _take_turn(proxy, arguments, storm if turn else Storm())
-    _print(storms, arguments)
-    return 0
+    with chosen_servers(arguments, KeyType.ECDSA_P256) as servers, Clients(arguments.clients) as clients:
+        quiet, storm = measure_storm(clients, servers, arguments)
+    print(storm_table(quiet, storm, arguments).markdown())
+    write_json(arguments.json, {"storm": storm})
+    return 130 if storm.interrupted else 0
 
 
-def _take_turn(proxy: TlsproxySlowHsm, arguments: argparse.Namespace, storm: Storm) -> None:
-    load = HandshakeLoad(
-        host="127.0.0.1",
-        port=proxy.port,
-        server_name="localhost",
-        ca_file=proxy.credential.ca_file,
-        count=arguments.count,
-        concurrency=arguments.concurrency,
+def measure_storm(
+    clients: Clients, servers: Sequence[Server], arguments: argparse.Namespace
+) -> tuple[Results[str], Results[tuple[str, float]]]:
+    """Probe every server while all is quiet, once, then let them take turns in the storm, at each HSM latency (s)."""
+
+    def be_quiet(server: Server) -> Turn:
+        with Prober(server, arguments.probe_rate) as prober:
+            time.sleep(arguments.seconds)
+        nothing = Turn(0, 0.0, {}, Histogram(), {}, 0.0)
+        return dataclasses.replace(nothing, probes=prober.result.latencies, probes_asked=prober.result.asked)
+
+    def take(server: Server) -> Turn:
+        with Prober(server, arguments.probe_rate) as prober:
+            turn = take_handshakes(clients, server, arguments)
+        return dataclasses.replace(turn, probes=prober.result.latencies, probes_asked=prober.result.asked)
+
+    quiet = interleave({server.name: functools.partial(be_quiet, server) for server in servers}, 1, "quiet")
+    latencies_ms = [0.0] if arguments.target else arguments.latency_ms or [20.0]
+    storm = interleave(
+        cases_by_latency(servers, latencies_ms, take), 0 if quiet.interrupted else arguments.turns, "storm"
     )
-    before = proxy.cpu_seconds_by_role()
-    with Prober(proxy.port, proxy.credential.ca_file, arguments.probe_rate) as prober:
-        result = run_handshakes(load)
-    used = {role: seconds - before[role] for role, seconds in proxy.cpu_seconds_by_role().items()}
-    if result.failures or result.resumed:
-        raise RuntimeError(f"failures {result.failures}, resumed {result.resumed}: not a fair turn")
-    storm.per_second.append(result.per_second)
-    storm.cpu_us.append((used["proxy"] + used["hsm"]) / result.completed * 1e6)
-    storm.handshake_s += result.latencies_s
-    storm.probe_s += prober.result.latencies_s
-    storm.asked += prober.result.asked
+    return quiet, storm
 
 
-def _print(storms: dict[float, Storm], arguments: argparse.Namespace) -> None:
-    first = statistics.median(next(iter(storms.values())).per_second)
-    print(
-        f"\n{arguments.turns} turns of {arguments.count} handshakes, {arguments.concurrency} at a time, "
-        f"{arguments.sessions} PKCS#11 sessions; a prober at {arguments.probe_rate:g} requests/s.\n"
-        "Handshake ms: p50 / p99; probe ms: p50 / p99 / max, from the intended start.\n"
-    )
-    print("| HSM latency | handshakes/s | x | CPU us | handshake ms | probes served | probe ms | over 20 ms |")
-    print("|---|---|---|---|---|---|---|---|")
-    for latency_ms, storm in storms.items():
-        per_second = statistics.median(storm.per_second)
-        cpu_us = statistics.median(storm.cpu_us)
-        handshake = " / ".join(f"{quantile(storm.handshake_s, q) * 1e3:.1f}" for q in (0.5, 0.99))
-        probe = " / ".join(f"{quantile(storm.probe_s, q) * 1e3:.1f}" for q in (0.5, 0.99, 1.0))
-        slow = sum(latency > 0.020 for latency in storm.probe_s)
-        print(
-            f"| {latency_ms:g} ms | {per_second:.0f} | {per_second / first:.2f} | {cpu_us:.0f} "
-            f"| {handshake} | {len(storm.probe_s)} of {storm.asked} | {probe} | {slow} |"
+def storm_table(quiet: Results[str], storm: Results[tuple[str, float]], arguments: argparse.Namespace) -> Table:
+    """What came of it."""
+    rows = [(name, "quiet", "-", "-", "-", *_probes(series)) for name, series in quiet.items()]
+    rows += [
+        (
+            name,
+            f"storm, {latency_s * 1e3:g} ms",
+            f"{series.per_second:.0f}",
+            f"{series.cpu_s() * 1e6:.0f}",
+            quantiles_ms(series.latencies, 0.5, 0.99),
+            *_probes(series),
         )
+        for (name, latency_s), series in storm.items()
+    ]
+    return Table(
+        "An established connection in a storm of handshakes",
+        f"{arguments.turns} turns of {arguments.seconds:g} s, {arguments.concurrency} handshakes at a time; "
+        f"meanwhile {arguments.probe_rate:g} requests a second on one connection, their latency from when they were due."
+        f"{warnings(storm)}",
+        (
+            "server",
+            "",
+            "handshakes/s",
+            "CPU us/handshake",
+            "handshake p50 / p99 ms",
+            "probes served",
+            "probe p50 / p99 / p99.9 ms",
+        ),
+        rows,
+    )
+
+
+def _probes(series: Series) -> tuple[str, str]:
+    asked = sum(turn.probes_asked for turn in series)
+    return f"{series.probes.count} of {asked}", quantiles_ms(series.probes, 0.5, 0.99, 0.999)
