@@ -17,7 +17,7 @@ from hsm.metricstore import Family, Kind, Merge, Sample, read_samples
 
 _FINE_BUCKETS: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075)
 _HANDSHAKE_BUCKETS: Final = (*_FINE_BUCKETS, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
-_PHASE_BUCKETS: Final = (0.0001, 0.00025, *_HANDSHAKE_BUCKETS)
+_PHASE_BUCKETS: Final = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, *_HANDSHAKE_BUCKETS)
 _REQUEST_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LAG_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
@@ -40,8 +40,9 @@ HANDSHAKE_DURATION = Family(
 HANDSHAKE_PHASE_DURATION = Family(
     "tlsproxy_handshake_phase_duration_seconds",
     Kind.HISTOGRAM,
-    "Where full handshakes spend their time: client_hello (until it is read and the certificate chosen), queue (for "
-    "the HSM), sign (in the HSM), finish (the rest). The four add up to the whole.",
+    "Where full handshakes spend their time: client_hello (reading it, up to the request for a signature), certificate "
+    "(choosing it), queue (for the HSM), sign (in the HSM), client (waiting for it), finish (the rest). They add up to "
+    "the whole.",
     ("phase",),
     _PHASE_BUCKETS,
 )

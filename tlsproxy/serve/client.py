@@ -20,7 +20,6 @@ from tlsproxy.serve.plain import PlainConnection
 from tlsproxy.tls.engine import TlsConnection
 from tlsproxy.tls.errors import ConnectionClosedError, SignatureLengthError
 from tlsproxy.tls.events import (
-    ClientHelloReceived,
     CloseNotify,
     ConnectionFailed,
     Event,
@@ -69,7 +68,9 @@ class ClientConnection(asyncio.Protocol, ABC):
     __slots__ = (
         "_accepted_s",
         "_client_hello_s",
+        "_client_wait_s",
         "_eof_received",
+        "_idle_since_s",
         "_last_buffered",
         "_lingered_bytes",
         "_paused",
@@ -97,6 +98,8 @@ class ClientConnection(asyncio.Protocol, ABC):
         self._paused = PauseReason(0)
         self._accepted_s = 0.0
         self._client_hello_s = 0.0
+        self._client_wait_s = 0.0
+        self._idle_since_s = 0.0
         self._signature: asyncio.Future[Signature] | None = None
         self._signed: Signature | None = None
         self._sign_failure = ""
@@ -146,7 +149,7 @@ class ClientConnection(asyncio.Protocol, ABC):
             self._transport.abort()
             return
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        self._accepted_s = monotonic()
+        self._accepted_s = self._idle_since_s = monotonic()
         if self.runtime.tls is None:
             self._tls = PlainConnection()
             self.phase = Phase.OPEN
@@ -158,8 +161,13 @@ class ClientConnection(asyncio.Protocol, ABC):
 
     def data_received(self, data: bytes) -> None:
         """Decrypt, and act on what that yields."""
-        if self.phase is Phase.OPEN or self.phase is Phase.HANDSHAKE:
+        if self.phase is Phase.OPEN:
             self._act_on(self._tls.receive_data(data))
+        elif self.phase is Phase.HANDSHAKE:
+            if self._signature is None:
+                self._client_wait_s += monotonic() - self._idle_since_s
+            self._act_on(self._tls.receive_data(data))
+            self._idle_since_s = monotonic()
         else:
             self._lingered_bytes += len(data)
             if self._lingered_bytes > LINGER_BYTES:
@@ -290,9 +298,8 @@ class ClientConnection(asyncio.Protocol, ABC):
         self._flush()
 
     def _act_on_rare(self, event: Event) -> None:
-        if isinstance(event, ClientHelloReceived):
-            self._client_hello_s = monotonic()
-        elif isinstance(event, SignatureNeeded):
+        if isinstance(event, SignatureNeeded):
+            self._client_hello_s = monotonic() - self._accepted_s - self._client_wait_s
             key = self.runtime.signing_keys[event.certificate.name]
             self._signature = self.runtime.pool.submit(key, event.scheme, event.tbs)
             self._signature.add_done_callback(self._on_signature)
@@ -324,16 +331,24 @@ class ClientConnection(asyncio.Protocol, ABC):
             self._sign_failure = sign_failure_result(error)
             events = tls.fail_signature(str(error))
         self._act_on(events)
+        self._idle_since_s = monotonic()
 
     def _complete(self, event: HandshakeComplete) -> None:
         total_s = monotonic() - self._accepted_s
         phases = None
         signed = self._signed
         if signed is not None:
-            client_hello_s = self._client_hello_s - self._accepted_s
-            finish_s = total_s - client_hello_s - signed.queue_s - signed.sign_s
-            # The token's own time is rounded up to a microsecond: what is left can be less than nothing.
-            phases = HandshakePhases(client_hello_s, signed.queue_s, signed.sign_s, max(finish_s, 0.0))
+            assert isinstance(self._tls, TlsConnection)
+            finish_s = total_s - self._client_hello_s - signed.queue_s - signed.sign_s - self._client_wait_s
+            phases = HandshakePhases(
+                self._client_hello_s - self._tls.choice_s,
+                self._tls.choice_s,
+                signed.queue_s,
+                signed.sign_s,
+                self._client_wait_s,
+                # The token's own time is rounded up to a microsecond: what is left can be less than nothing.
+                max(finish_s, 0.0),
+            )
             self._signed = None
         self.runtime.metrics.observe_handshake(event, total_s, phases)
         self.runtime.handshake_ended()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from hsm.errors import DeadlineExceeded, Overloaded, PolicyRejected
 from hsm.metricstore import Histogram, MetricStore
@@ -16,9 +16,21 @@ class HandshakePhases(NamedTuple):
     """Where a full handshake's time went, in seconds; the parts add up to its duration."""
 
     client_hello_s: float
+    """Reading the ClientHello and preparing the answer, up to the request for a signature."""
+    certificate_s: float
+    """Choosing the certificate."""
     queue_s: float
+    """Waiting for the HSM: in the pool, in sockets and in the worker."""
     sign_s: float
+    """In the HSM."""
+    client_s: float
+    """Waiting for the client: for its ClientHello, and for its answer to the server's."""
     finish_s: float
+    """The rest: sending the answer, and checking the client's."""
+
+
+PHASES: Final = tuple(name.removesuffix("_s") for name in HandshakePhases._fields)
+"""The values of the label `phase`."""
 
 
 class _HandshakeKind(NamedTuple):
@@ -54,10 +66,7 @@ class ListenerMetrics:
         self.handshakes_in_flight = store.gauge(metrics.HANDSHAKES_IN_FLIGHT, label)
         self.bytes_in = store.counter(metrics.BYTES, (listener, "in"))
         self.bytes_out = store.counter(metrics.BYTES, (listener, "out"))
-        self._phases = tuple(
-            store.histogram(metrics.HANDSHAKE_PHASE_DURATION, (phase,))
-            for phase in ("client_hello", "queue", "sign", "finish")
-        )
+        self._phases = tuple(store.histogram(metrics.HANDSHAKE_PHASE_DURATION, (phase,)) for phase in PHASES)
         self._kinds: dict[tuple[object, ...], _HandshakeKind] = {}
         self._requests: dict[tuple[str, bytes, int], tuple[int, Histogram]] = {}
 

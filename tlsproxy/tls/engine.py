@@ -13,6 +13,7 @@ private-key signature is the caller's part: SignatureNeeded suspends the handsha
 from __future__ import annotations
 
 import enum
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from hsm.messages import SignatureScheme
@@ -75,6 +76,7 @@ class TlsConnection:
         "_signature_max",
         "_ssl",
         "_state",
+        "choice_s",
     )
 
     def __init__(self, context: TlsContext) -> None:
@@ -87,6 +89,8 @@ class TlsConnection:
         self._state = State.HANDSHAKING
         self._handshake_bytes = 0
         self._peer_closed = False
+        self.choice_s = 0.0
+        """Seconds that the choice of the certificate took."""
 
     @property
     def state(self) -> State:
@@ -235,10 +239,12 @@ class TlsConnection:
         return events
 
     def _choose_certificate(self) -> ClientHelloReceived:
+        started_s = monotonic()
         chosen = self._context.choose(*self._ssl.client_hello())
         self._client_hello = chosen
         self._certificate = chosen.certificate
         self._ssl.use_context(self._context.openssl_context(chosen.certificate))
+        self.choice_s = monotonic() - started_s
         return chosen
 
     def _suspend(self) -> SignatureNeeded:
