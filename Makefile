@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-versio
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build system-packages demo test lint format conformance asan bench clean
+.PHONY: help build system-packages demo test lint format conformance asan bench soak clean
 
 help:
 	@echo "make demo         run the demo until Ctrl-C (ARGS=\"--port 9443\" and the like are passed on)"
@@ -19,6 +19,7 @@ help:
 	@echo "make conformance  run the HTTP conformance corpus through the real proxy"
 	@echo "make asan         run the engine's tests with its C code under AddressSanitizer and UBSan"
 	@echo "make bench        measure CPU per handshake against nginx, and the signer pool alone (minutes)"
+	@echo "make soak         count 10,000 mixed handshakes exactly"
 	@echo "make lint         ruff, mypy --strict, import layers, clang-format"
 	@echo "make format       format Python and C"
 	@echo "make build        set up .venv and compile the extension"
@@ -59,6 +60,9 @@ asan: system-packages build
 bench: build
 	@$(BIN)/python -m perf handshakes
 	@$(BIN)/python -m perf pool
+
+soak: system-packages build
+	@HANDSHAKES=10000 $(BIN)/python -m pytest tests/observability/test_exact_counts.py $(ARGS)
 
 lint: system-packages .venv/lint-tools
 	@$(BIN)/ruff check .

@@ -119,13 +119,13 @@ class Proxy:
             response = connection.getresponse()
             return response.status, response.read()
 
-    async def admin(self, path: str) -> tuple[int, bytes]:
+    async def admin(self, path: str, accept: str = "*/*") -> tuple[int, bytes]:
         """GET on the admin port; return status and body."""
-        return await asyncio.to_thread(self._admin, path)
+        return await asyncio.to_thread(self._admin, path, accept)
 
-    def _admin(self, path: str) -> tuple[int, bytes]:
+    def _admin(self, path: str, accept: str) -> tuple[int, bytes]:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.admin_port, timeout=30)) as connection:
-            connection.request("GET", path)
+            connection.request("GET", path, headers={"Accept": accept})
             response = connection.getresponse()
             return response.status, response.read()
 
