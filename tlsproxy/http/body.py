@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 
-from tlsproxy.http.syntax import TOKEN, MessageError, check_trailers
+from tlsproxy.http.syntax import TOKEN, Field, MessageError, check_head, fields_of
 
 MAX_CHUNK_LINE_BYTES = 256
 """A chunk's size and extensions. Extensions mean nothing here and are dropped."""
 MAX_TRAILER_BYTES = 8192
+MAX_CHUNKS_PER_CALL = 512
+"""Decoding stops after so many, about a millisecond's work: chunks of one byte must not hold up other connections."""
 
 _QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 _EXTENSION = rb"[ \t]*;[ \t]*" + TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + TOKEN + rb"|" + _QUOTED + rb"))?"
@@ -23,6 +25,8 @@ class LengthBody:
     """A body of `Content-Length` bytes."""
 
     __slots__ = ("remaining",)
+    has_more = False
+    trailers: list[Field] = []
 
     def __init__(self, length: int) -> None:
         self.remaining = length
@@ -47,20 +51,24 @@ class LengthBody:
 
 
 class ChunkedBody:
-    """A chunked body (RFC 9112 section 7.1). Trailer fields are checked and dropped."""
+    """A chunked body (RFC 9112 section 7.1)."""
 
-    __slots__ = ("_in_chunk", "_in_trailers", "_needs_crlf", "complete")
+    __slots__ = ("_in_chunk", "_in_trailers", "_needs_crlf", "complete", "has_more", "trailers")
 
     def __init__(self) -> None:
         self._in_chunk = 0
         self._needs_crlf = False
         self._in_trailers = False
         self.complete = False
+        self.has_more = False
+        """The last call has stopped at its limit: there may be more to decode."""
+        self.trailers: list[Field] = []
 
     def decode(self, received: bytes) -> tuple[bytes, bytes]:
         """Return (bytes of the body, what is not decoded yet or follows the body). Raises MessageError."""
-        pieces = []
+        pieces: list[bytes] = []
         position = 0
+        self.has_more = False
         while not self._in_trailers:
             if self._in_chunk:
                 piece = received[position : position + self._in_chunk]
@@ -82,8 +90,11 @@ class ChunkedBody:
             if next_position < 0:
                 break
             position = next_position
+            if len(pieces) == MAX_CHUNKS_PER_CALL:
+                self.has_more = True
+                break
         rest = received[position:]
-        if self._in_trailers:
+        if self._in_trailers and not self.has_more:
             rest = self._end(rest)
         return b"".join(pieces) if len(pieces) != 1 else pieces[0], rest
 
@@ -113,7 +124,9 @@ class ChunkedBody:
             if rest.startswith(b"\n"):
                 raise MessageError("bare_cr_or_lf")
             return rest
-        check_trailers(rest[: end + 2])
+        section = rest[: end + 4]
+        check_head(section)
+        self.trailers = fields_of(section, 0)
         self.complete = True
         return rest[end + 4 :]
 
@@ -126,6 +139,8 @@ class UntilCloseBody:
     """A response body that ends with its connection (RFC 9112 section 6.3, rule 8)."""
 
     __slots__ = ("complete",)
+    has_more = False
+    trailers: list[Field] = []
 
     def __init__(self) -> None:
         self.complete = False

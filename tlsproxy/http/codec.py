@@ -1,8 +1,8 @@
 """Requests and responses as they come from the wire, one message at a time.
 
-h11 judges the heads of requests, llhttp those of responses, each behind the checks of `syntax`; bodies are framed by
-`body`. A reader is fed bytes as they come; its owner asks for the head, then for the body until `at_end`, then for the
-next head. Nothing is decoded before it is asked for, so a pipelined request waits its turn.
+Heads are read by the grammar of RFC 9112 and nothing beside it (`syntax`), bodies are framed by `body`. A reader is fed
+bytes as they come; its owner asks for the head, then for the body until `at_end`, then for the next head. Nothing is
+decoded before it is asked for, so a pipelined request waits its turn.
 """
 
 from __future__ import annotations
@@ -10,22 +10,28 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-import h11
-import httptools
-
 from tlsproxy.errors import HttpError, UpstreamError
 from tlsproxy.http.body import Body, ChunkedBody, LengthBody, UntilCloseBody
-from tlsproxy.http.syntax import MessageError, check_head, check_partial_head, list_members
+from tlsproxy.http.syntax import (
+    TOKEN,
+    Field,
+    MessageError,
+    check_head,
+    check_partial_head,
+    content_length_of,
+    fields_of,
+    list_members,
+)
 from tlsproxy.http.target import host_name, origin_form, routing_path
 
 MAX_RESPONSE_HEAD_BYTES = 64 * 1024
 _EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
-_CONTENT_LENGTH = re.compile(rb"[0-9]{1,18}")
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) [1-9][0-9]{2}(?: ([^\r]*))?\r\n")
+_REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9]\.[0-9])\r\n")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([^\r]*))?\r\n")
+_PROTOCOL = re.compile(TOKEN + rb"(?:/" + TOKEN + rb")?")
 _REFUSED_METHODS = frozenset((b"CONNECT", b"TRACE"))
-
-Field = tuple[bytes, bytes, bytes]
-"""A header field: its name in lower case, its name as received, its value."""
+_REFUSED_PROTOCOLS = frozenset((b"h2", b"h2c", b"http", b"tls"))
+"""Upgrades to these would hide requests from the proxy, or ask it for what it does itself."""
 
 
 class RequestHead(NamedTuple):
@@ -48,6 +54,10 @@ class RequestHead(NamedTuple):
     chunked: bool
     keep_alive: bool
     """The client wants to use the connection again."""
+    upgrade: bytes
+    """The protocol the client asks to go on with, if that is for the server to decide; else empty."""
+    takes_trailers: bool
+    """The client has said `TE: trailers`."""
 
     @property
     def has_body(self) -> bool:
@@ -67,6 +77,8 @@ class ResponseHead(NamedTuple):
     has_body: bool
     keep_alive: bool
     """The server will take another request on the connection."""
+    upgrade: bytes
+    """With status 101: the protocol the connection goes on with."""
 
 
 class _Reader:
@@ -86,6 +98,11 @@ class _Reader:
     def receive(self, data: bytes) -> None:
         """Take bytes from the peer."""
         self._buffer = self._buffer + data if self._buffer else data
+
+    def take_buffered(self) -> bytes:
+        """Take what has come after a switch of protocols: it is no HTTP."""
+        data, self._buffer = self._buffer, b""
+        return data
 
     def _take_head(self, limit_bytes: int) -> bytes | None:
         buffer = self._buffer
@@ -109,7 +126,7 @@ class RequestReader(_Reader):
     `header_bytes` limits the size of a head.
     """
 
-    __slots__ = ("_body", "_body_left", "_header_bytes", "at_end")
+    __slots__ = ("_body", "_body_left", "_header_bytes", "at_end", "has_more", "trailers")
 
     def __init__(self, header_bytes: int) -> None:
         super().__init__()
@@ -118,6 +135,10 @@ class RequestReader(_Reader):
         self._body_left: int | None = None
         self.at_end = True
         """The last request has been read to its end."""
+        self.has_more = False
+        """The last read_body has stopped before the end of what it could have decoded."""
+        self.trailers: list[Field] = []
+        """Trailer fields of the body that was read last."""
 
     def read_head(self) -> RequestHead | None:
         """Return the next request's head, or None until it is complete.
@@ -172,89 +193,80 @@ class RequestReader(_Reader):
             self._body_left -= len(data)
             if self._body_left < 0:
                 raise HttpError(413, "body_too_large")
+        self.has_more = body.has_more
         if body.complete:
             self._body = None
             self._body_left = None
             self.at_end = True
+            self.trailers = body.trailers
         return data
 
 
 def _parse_request(head: bytes) -> RequestHead:
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=len(head))
-    connection.receive_data(head)
-    try:
-        event = connection.next_event()
-    except h11.RemoteProtocolError:
-        raise MessageError("bad_head") from None
-    if type(event) is not h11.Request:
-        raise MessageError("bad_head")
-    http_1_0 = event.http_version == b"1.0"
-    if not http_1_0 and event.http_version != b"1.1":
+    line = _REQUEST_LINE.match(head)
+    if line is None:
+        raise MessageError("bad_request_line")
+    method, target, version = line.groups()
+    http_1_0 = version == b"1.0"
+    if not http_1_0 and version != b"1.1":
         raise MessageError("bad_version")
-    fields: list[Field] = []
+    fields = fields_of(head, line.end())
     options: list[bytes] = []
-    host = b""
-    length: bytes | None = None
+    host: bytes | None = None
+    content_length: int | None = None
     chunked = False
-    for name, value in event.headers.raw_items():
-        lower = name.lower()
-        fields.append((lower, name, value))
+    upgrade = b""
+    takes_trailers = False
+    for lower, _, value in fields:
         if lower == b"host":
+            if host is not None:
+                raise MessageError("bad_host")
             host = value
         elif lower == b"connection":
             options += list_members(value)
         elif lower == b"content-length":
-            length = value
+            content_length = content_length_of(value, content_length)
         elif lower == b"transfer-encoding":
+            if chunked or value.lower() != b"chunked":
+                raise MessageError("bad_transfer_encoding")
             chunked = True
-    content_length = None
-    if length is not None:
-        # h11 has folded repeated lengths into one; two of them are two readings, even if equal.
-        content_length = _one_length(length, head)
-    if chunked and (http_1_0 or length is not None):
+        elif lower == b"upgrade":
+            upgrade = b"%b, %b" % (upgrade, value) if upgrade else value
+        elif lower == b"te":
+            takes_trailers = takes_trailers or b"trailers" in list_members(value)
+    if chunked and (http_1_0 or content_length is not None):
         raise MessageError("ambiguous_length")
-    target = origin_form(event.method, event.target, host)
+    if host is None and not http_1_0:
+        raise MessageError("bad_host")
+    target = origin_form(method, target, host or b"")
+    if upgrade and (http_1_0 or chunked or content_length or b"upgrade" not in options or not _may_ask_for(upgrade)):
+        upgrade = b""
     return RequestHead(
-        event.method,
+        method,
         target,
         routing_path(target),
-        host,
-        host_name(host) if host or not http_1_0 else "",
+        host or b"",
+        "" if host is None else host_name(host),
         http_1_0,
         fields,
         options,
         content_length,
         chunked,
         b"keep-alive" in options if http_1_0 else b"close" not in options,
+        upgrade,
+        takes_trailers,
     )
 
 
-def _one_length(value: bytes, head: bytes) -> int:
-    lower = head.lower()
-    start = lower.find(b"\r\ncontent-length:") + 17
-    if lower.find(b"\r\ncontent-length:", start) >= 0 or b"," in head[start : head.find(b"\r\n", start)]:
-        raise MessageError("ambiguous_length")
-    if _CONTENT_LENGTH.fullmatch(value) is None:
-        raise MessageError("bad_content_length")
-    return int(value)
-
-
-class _Fields:
-    """What llhttp calls back; whether a head ends well is seen from its raising."""
-
-    __slots__ = ("items",)
-
-    def __init__(self) -> None:
-        self.items: list[tuple[bytes, bytes]] = []
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.items.append((name, value))
+def _may_ask_for(protocol: bytes) -> bool:
+    """Tell whether an Upgrade value is one protocol that the server behind may be asked for."""
+    return _PROTOCOL.fullmatch(protocol) is not None and (protocol.lower().partition(b"/")[0] not in _REFUSED_PROTOCOLS)
 
 
 class ResponseReader(_Reader):
     """Reads the responses of one upstream connection, each to a request whose method is given."""
 
-    __slots__ = ("_body", "at_end", "keep_alive")
+    __slots__ = ("_body", "at_end", "has_more", "keep_alive", "trailers")
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,6 +275,10 @@ class ResponseReader(_Reader):
         """The response (not an interim one) has been read to its end."""
         self.keep_alive = False
         """The connection can carry another request once `at_end`."""
+        self.has_more = False
+        """The last read_body has stopped before the end of what it could have decoded."""
+        self.trailers: list[Field] = []
+        """Trailer fields of the body that was read last."""
 
     def next_response(self) -> None:
         """Get ready for the response to the next request."""
@@ -271,6 +287,8 @@ class ResponseReader(_Reader):
 
     def read_head(self, method: bytes) -> ResponseHead | None:
         """Return the head of the response to a `method` request, or None until it is complete.
+
+        After an interim one (1xx but 101) another follows.
 
         Raises UpstreamError 502 for a head that can't be read in one way only.
         """
@@ -295,6 +313,8 @@ class ResponseReader(_Reader):
         except MessageError as error:
             raise UpstreamError(502, error.rule) from None
         self.at_end = self._body.complete
+        self.has_more = self._body.has_more
+        self.trailers = self._body.trailers
         return data
 
     def end_of_input(self) -> None:
@@ -312,36 +332,31 @@ def _parse_response(head: bytes, method: bytes) -> tuple[ResponseHead, Body | No
     status_line = _STATUS_LINE.match(head)
     if status_line is None:
         raise MessageError("bad_status_line")
-    collected = _Fields()
-    parser = httptools.HttpResponseParser(collected)
-    try:
-        parser.feed_data(head)
-    except httptools.HttpParserUpgrade:
-        raise MessageError("unexpected_upgrade") from None
-    except httptools.HttpParserError:
-        raise MessageError("bad_head") from None
-    status = parser.get_status_code()
+    status = int(status_line[2])
     http_1_0 = status_line[1] == b"0"
-    fields: list[Field] = []
+    fields = fields_of(head, status_line.end())
     options: list[bytes] = []
     content_length: int | None = None
     chunked = False
-    for name, value in collected.items:
-        lower = name.lower()
-        value = value.rstrip(b" \t")
-        fields.append((lower, name, value))
+    upgrade = b""
+    for lower, _, value in fields:
         if lower == b"connection":
             options += list_members(value)
         elif lower == b"content-length":
-            if content_length is not None or _CONTENT_LENGTH.fullmatch(value) is None:
-                raise MessageError("bad_content_length")
-            content_length = int(value)
+            content_length = content_length_of(value, content_length)
         elif lower == b"transfer-encoding":
             if chunked or value.lower() != b"chunked" or http_1_0:
                 raise MessageError("bad_transfer_encoding")
             chunked = True
+        elif lower == b"upgrade":
+            upgrade = value
     if chunked and content_length is not None:
         raise MessageError("ambiguous_length")
+    if (status < 200 or status == 204) and (chunked or content_length):
+        # What follows is no body by the rules (RFC 9112 section 6.3), and yet the server says it is one.
+        raise MessageError("body_not_allowed")
+    if status == 101 and (b"upgrade" not in options or not upgrade):
+        raise MessageError("bad_upgrade")
     body: Body | None = None
     if status >= 200 and method != b"HEAD" and status not in (204, 304):
         if chunked:
@@ -354,6 +369,15 @@ def _parse_response(head: bytes, method: bytes) -> tuple[ResponseHead, Body | No
         body
     ) is not UntilCloseBody
     return (
-        ResponseHead(status, status_line[2] or b"", fields, options, content_length, body is not None, keep_alive),
+        ResponseHead(
+            status,
+            status_line[3] or b"",
+            fields,
+            options,
+            content_length,
+            body is not None,
+            keep_alive,
+            upgrade if status == 101 else b"",
+        ),
         body,
     )

@@ -22,7 +22,6 @@ _HOP_BY_HOP = frozenset(
         b"proxy-authorization",
         b"proxy-authenticate",
         b"te",
-        b"trailer",
         b"transfer-encoding",
         b"upgrade",
         b"content-length",
@@ -54,7 +53,6 @@ _TRUSTED_PEER_MAY_SAY = frozenset(
     )
 )
 _NOT_SENT_UP = _HOP_BY_HOP | _SAID_BY_PROXY
-LAST_CHUNK = b"0\r\n\r\n"
 
 
 class RequestRules:
@@ -130,6 +128,10 @@ def request_head(request: RequestHead, hop: Hop, rules: RequestRules) -> bytes:
         out.append(b"Transfer-Encoding: chunked\r\n")
     elif request.content_length is not None:
         out.append(b"Content-Length: %d\r\n" % request.content_length)
+    if request.upgrade:
+        out.append(b"Connection: Upgrade\r\nUpgrade: %b\r\n" % request.upgrade)
+    elif request.takes_trailers:
+        out.append(b"Connection: TE\r\nTE: trailers\r\n")
     vias.append(b"1.0 tlsproxy" if request.http_1_0 else b"1.1 tlsproxy")
     if hop.trusted or hop.forwarded:
         out.append(_origin_fields(request, hop, host))
@@ -203,6 +205,8 @@ def response_head(
             out += (name, b": ", value, b"\r\n")
     if response.status >= 200:
         out.append(rules.appended)
+    elif response.upgrade:
+        out.append(b"Connection: Upgrade\r\nUpgrade: %b\r\n" % response.upgrade)
     if chunked:
         out.append(b"Transfer-Encoding: chunked\r\n")
     elif response.content_length is not None and response.status != 204 and response.status >= 200:
@@ -214,8 +218,3 @@ def response_head(
             out.append(b"Connection: keep-alive\r\n")
     out.append(b"\r\n")
     return b"".join(out)
-
-
-def chunk(data: bytes) -> tuple[bytes, bytes, bytes]:
-    """Return the pieces that carry `data`, which is not empty, in a chunked body."""
-    return b"%x\r\n" % len(data), data, b"\r\n"

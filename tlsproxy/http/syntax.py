@@ -1,8 +1,8 @@
-"""The rules every HTTP/1.1 message head must keep before a parser sees it (RFC 9112 sections 2.2 and 5).
+"""The rules that every HTTP/1.1 message head must keep (RFC 9112 sections 2.2 and 5).
 
-Two parsers that read one message differently are how requests are smuggled. The libraries that parse heads forgive some
-of what is refused here (bare LF, folded lines, control characters), so these checks stand in front of them, for
-requests and responses alike.
+Two parsers that read one message differently are how requests are smuggled. Parsers in use forgive one another much
+(bare LF, folded lines, control characters, space before a colon); here nothing is forgiven, in requests and responses
+alike, and what is accepted is written anew for the next hop.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ MAX_FIELDS = 100
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _CONTROL = bytes(code for code in range(32) if code not in b"\t\r\n") + b"\x7f"
-_FIELD_LINE = re.compile(TOKEN + rb":[^\r\n]*")
+_FIELD_LINE = re.compile(rb"^(" + TOKEN + rb"):([^\r]*)\r$", re.MULTILINE)
+_CONTENT_LENGTH = re.compile(rb"[0-9]{1,18}")
+
+Field = tuple[bytes, bytes, bytes]
+"""A header or trailer field: its name in lower case, its name as received, its value."""
 
 
 class MessageError(ValueError):
@@ -47,12 +51,27 @@ def check_partial_head(partial: bytes) -> None:
         raise MessageError("too_many_fields")
 
 
-def check_trailers(section: bytes) -> None:
-    """Check a trailer section, each line with its CRLF, without the empty line. Raises MessageError."""
-    check_head(section)
-    for line in section.split(b"\r\n")[:-1]:
-        if _FIELD_LINE.fullmatch(line) is None:
-            raise MessageError("bad_trailer")
+def fields_of(checked: bytes, start: int) -> list[Field]:
+    """Return the fields of a checked head, from `start`, where a line begins, to the empty line.
+
+    Raises MessageError for a line that is no field.
+    """
+    found = _FIELD_LINE.findall(checked, start)
+    if len(found) != checked.count(b"\r\n", start) - 1:
+        raise MessageError("bad_field")
+    return [(name.lower(), name, value.strip(b" \t")) for name, value in found]
+
+
+def content_length_of(value: bytes, before: int | None) -> int:
+    """Return what a Content-Length field says; `before` is what one before it said. Raises MessageError.
+
+    Two of them are two readings, even if they are equal (RFC 9112 section 6.3 allows to refuse them).
+    """
+    if before is not None or b"," in value:
+        raise MessageError("ambiguous_length")
+    if _CONTENT_LENGTH.fullmatch(value) is None:
+        raise MessageError("bad_content_length")
+    return int(value)
 
 
 def list_members(value: bytes) -> list[bytes]:

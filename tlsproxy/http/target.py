@@ -49,6 +49,9 @@ def routing_path(target: bytes) -> bytes:
     if target == b"*":
         return b"/"
     path = target.partition(b"?")[0]
+    if b"\\" in path:
+        # No URI has one (RFC 3986), and some servers take it for a slash.
+        raise MessageError("bad_target")
     if b"%" in path:
         if _BAD_ESCAPE.search(path) is not None:
             raise MessageError("bad_target")

@@ -60,6 +60,8 @@ class PauseReason(enum.IntFlag):
     """The client has sent further requests before the response to this one."""
     CLIENT = 4
     """The client does not read what is sent to it."""
+    TURN = 8
+    """What it has sent is more than one turn's work; other connections come first."""
 
 
 class ClientConnection(asyncio.Protocol, ABC):

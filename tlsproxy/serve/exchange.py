@@ -6,14 +6,18 @@ send. Neither body is held: each side pauses the other when its transport is ful
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from tlsproxy.errors import UpstreamError
+from tlsproxy.http.chunks import chunk, last_chunk
 from tlsproxy.http.codec import RequestHead, ResponseHead, ResponseReader
-from tlsproxy.http.forwarding import LAST_CHUNK, Hop, chunk, request_head, response_head
+from tlsproxy.http.forwarding import Hop, request_head, response_head
 from tlsproxy.http.routing import Route
+from tlsproxy.http.syntax import Field
 from tlsproxy.serve.upstream import Upstream, UpstreamConnection
 
 if TYPE_CHECKING:
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))
 """RFC 9110 section 9.2.2: these may be sent again."""
+MAX_INTERIM_RESPONSES = 16
+"""Interim responses (1xx) to one request: they go to the client as they come, however slowly it reads."""
 
 
 class Exchange:
@@ -30,6 +36,7 @@ class Exchange:
         "_chunked_response",
         "_client",
         "_connection",
+        "_interim_responses",
         "_keep_alive",
         "_pending",
         "_reader",
@@ -55,6 +62,7 @@ class Exchange:
         self._request_ended = False
         self._reader = ResponseReader()
         self._response: ResponseHead | None = None
+        self._interim_responses = 0
         self._chunked_response = False
         self._keep_alive = False
         self._request_id = client.runtime.next_request_id()
@@ -79,7 +87,7 @@ class Exchange:
         if self._connection is None and self.request.has_body:
             self._client.accept_body(False)
 
-    def send(self, data: bytes, *, last: bool) -> None:
+    def send(self, data: bytes, *, last: bool, trailers: Sequence[Field] = ()) -> None:
         """Hand in what has come of the request's body, perhaps nothing; `last` with its end."""
         pieces = self._pending
         if data:
@@ -90,7 +98,7 @@ class Exchange:
         if last:
             self._request_ended = True
             if self.request.chunked:
-                pieces.append(LAST_CHUNK)
+                pieces.append(last_chunk(trailers, self.route.request_rules.not_sent))
         self._flush()
 
     def cancel(self) -> None:
@@ -132,25 +140,8 @@ class Exchange:
 
     def upstream_data(self, data: bytes) -> None:
         """Pass on what has come of the response."""
-        connection = self._connection
-        assert connection is not None
         self._reader.receive(data)
-        try:
-            pieces = self._read_response()
-        except UpstreamError as error:
-            self._client.runtime.metrics.count_rejected(error.reason)
-            self._fail(error)
-            return
-        if pieces:
-            self._client.send(*pieces)
-        if self._reader.at_end:
-            self._complete(connection)
-        elif self._connection is not None and self._response is not None:
-            if self._client.write_paused:
-                connection.pause_reading()
-                connection.deadline = math.inf
-            else:
-                self._expect_bytes()
+        self._pass_response_on()
 
     def upstream_eof(self) -> bool:
         """End the response if that is what the server means; otherwise it has failed."""
@@ -163,7 +154,7 @@ class Exchange:
                 self._fail(error)
             return False
         if self._chunked_response:
-            self._client.send(LAST_CHUNK)
+            self._client.send(last_chunk((), ()))
         self._complete(connection)
         return False
 
@@ -201,15 +192,48 @@ class Exchange:
         else:
             connection.deadline = math.inf
 
+    def _pass_response_on(self) -> None:
+        """Send the client what has come, and stop the upstream if the client can't take more."""
+        connection = self._connection
+        assert connection is not None
+        begun = self._response is not None
+        try:
+            pieces = self._read_response()
+        except UpstreamError as error:
+            if not begun:
+                # Nothing of it has been sent: the client gets a 502, not a response cut off.
+                self._response = None
+            self._client.runtime.metrics.count_rejected(error.reason)
+            self._fail(error)
+            return
+        if pieces:
+            self._client.send(*pieces)
+        if self._connection is None:
+            return
+        if self._reader.at_end:
+            self._complete(connection)
+        elif self.status == 101:
+            self._switch_protocols(connection)
+        elif self._response is not None:
+            if self._reader.has_more:
+                connection.pause_reading()
+                asyncio.get_running_loop().call_soon(self._read_on)
+            elif self._client.write_paused:
+                connection.pause_reading()
+                connection.deadline = math.inf
+            else:
+                connection.resume_reading()
+                self._expect_bytes()
+
+    def _read_on(self) -> None:
+        """Go on with what was left for another turn of the loop."""
+        if self._connection is not None:
+            self._pass_response_on()
+
     def _read_response(self) -> list[bytes]:
         pieces: list[bytes] = []
         if self._response is None:
-            head = self._reader.read_head(self.request.method)
-            while head is not None and head.status < 200:
-                if not self.request.http_1_0:
-                    rules = self.route.response_rules
-                    pieces.append(response_head(head, rules, chunked=False, http_1_0=False, keep_alive=True))
-                head = self._reader.read_head(self.request.method)
+            head = self._read_final_head(pieces)
             if head is None:
                 return pieces
             pieces.append(self._begin_response(head))
@@ -220,8 +244,26 @@ class Exchange:
             else:
                 pieces.append(data)
         if self._chunked_response and self._reader.at_end:
-            pieces.append(LAST_CHUNK)
+            pieces.append(last_chunk(self._reader.trailers, self.route.response_rules.not_sent))
         return pieces
+
+    def _read_final_head(self, pieces: list[bytes]) -> ResponseHead | None:
+        """Return the head of the response proper, or None until it is there; interim ones become `pieces`."""
+        request = self.request
+        while (head := self._reader.read_head(request.method)) is not None:
+            if head.status >= 200:
+                return head
+            if head.status == 101:
+                if head.upgrade.lower() != request.upgrade.lower():
+                    raise UpstreamError(502, "unexpected_upgrade")
+                return head
+            self._interim_responses += 1
+            if self._interim_responses > MAX_INTERIM_RESPONSES:
+                raise UpstreamError(502, "too_many_interim_responses")
+            if not request.http_1_0:
+                rules = self.route.response_rules
+                pieces.append(response_head(head, rules, chunked=False, http_1_0=False, keep_alive=True))
+        return None
 
     def _begin_response(self, head: ResponseHead) -> bytes:
         self._response = head
@@ -245,6 +287,11 @@ class Exchange:
             connection.abort()
         self._client.exchange_completed(keep_alive=self._keep_alive)
 
+    def _switch_protocols(self, connection: UpstreamConnection) -> None:
+        """Leave the connection to a tunnel: what follows is no HTTP."""
+        self._connection = None
+        self._client.protocol_switched(connection, self._reader.take_buffered())
+
     def _retry(self) -> bool:
         """Send the request again if the server closed a kept-alive connection before it can have seen it."""
         connection = self._connection
@@ -253,6 +300,7 @@ class Exchange:
             connection is None
             or not connection.reused
             or self._response is not None
+            or self._interim_responses
             or self._reader.buffered_bytes
             or request.has_body
             or request.method not in _IDEMPOTENT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from time import monotonic
@@ -11,14 +12,18 @@ from tlsproxy.errors import HttpError, UpstreamError
 from tlsproxy.http.codec import RequestHead, RequestReader
 from tlsproxy.http.replies import own_reply, redirect_reply
 from tlsproxy.http.routing import Route, redirect_location
-from tlsproxy.serve.client import ClientConnection, PauseReason
+from tlsproxy.serve.client import ClientConnection, PauseReason, Phase
 from tlsproxy.serve.exchange import Exchange
+from tlsproxy.serve.tunnel import Tunnel
+from tlsproxy.serve.upstream import UpstreamConnection
 
 if TYPE_CHECKING:
     from tlsproxy.serve.listener import ListenerRuntime
 
 PIPELINED_BYTES = 64 * 1024
 """What is read ahead while a response is under way. Reading on is how a client that leaves is noticed."""
+STEPS_PER_TURN = 16
+"""Requests answered by the proxy itself, or parts of a body in tiny chunks, before other connections get their turn."""
 
 _log = logging.getLogger("tlsproxy.access")
 
@@ -26,12 +31,23 @@ _log = logging.getLogger("tlsproxy.access")
 class HttpConnection(ClientConnection):
     """A client that speaks HTTP/1.1, inside TLS or not."""
 
-    __slots__ = ("_closing_input", "_exchange", "_head_started", "_reader", "client_ip_bytes", "peer_is_trusted")
+    __slots__ = (
+        "_advancing",
+        "_closing_input",
+        "_exchange",
+        "_head_started",
+        "_reader",
+        "_tunnel",
+        "client_ip_bytes",
+        "peer_is_trusted",
+    )
 
     def __init__(self, runtime: ListenerRuntime) -> None:
         super().__init__(runtime)
         self._reader = RequestReader(runtime.config.limits.header_bytes)
         self._exchange: Exchange | None = None
+        self._tunnel: Tunnel | None = None
+        self._advancing = False
         self._head_started = False
         self._closing_input = False
         self.client_ip_bytes = b""
@@ -54,6 +70,9 @@ class HttpConnection(ClientConnection):
 
     def plaintext_received(self, data: bytes) -> None:
         """Read on."""
+        if self._tunnel is not None:
+            self._tunnel.client_data(data)
+            return
         self._reader.receive(data)
         self._advance()
 
@@ -61,14 +80,19 @@ class HttpConnection(ClientConnection):
         """Answer what is there; a request that is not whole never will be."""
         self._closing_input = True
         exchange = self._exchange
-        if exchange is None:
-            self.finish()
-        elif not exchange.request_ended:
+        if self._tunnel is not None:
+            self._tunnel.client_ended()
+        elif exchange is None:
+            if not self._paused & PauseReason.TURN:
+                self.finish()
+        elif not exchange.request_ended and not self._paused & PauseReason.TURN:
             self.abort()
 
     def output_writable(self, writable: bool) -> None:
         """Take no further requests while the client does not read; the exchange sees to the upstream."""
-        if writable:
+        if self._tunnel is not None:
+            self._tunnel.client_writable(writable)
+        elif writable:
             self.resume(PauseReason.CLIENT)
             self._set_deadline()
             if self._exchange is not None:
@@ -80,7 +104,9 @@ class HttpConnection(ClientConnection):
     def open_timeout(self, now_s: float) -> None:
         """End what takes too long: 408 where a request is missing its rest."""
         exchange = self._exchange
-        if self.write_paused:
+        if self._tunnel is not None:
+            self._tunnel.idle_timeout(now_s)
+        elif self.write_paused:
             if not self.output_progressed(now_s):
                 self.abort()
         elif exchange is None:
@@ -102,10 +128,12 @@ class HttpConnection(ClientConnection):
         if exchange is not None:
             self._exchange = None
             exchange.cancel()
+        elif self._tunnel is not None:
+            self._tunnel.close()
 
     def drain(self) -> None:
-        """Close, now if idle."""
-        if self._exchange is None and not self._head_started:
+        """Close, now if idle. A tunnel goes on: only the protocol inside knows when it may end."""
+        if self._exchange is None and self._tunnel is None and not self._head_started:
             self.finish()
 
     # What an exchange calls.
@@ -127,6 +155,22 @@ class HttpConnection(ClientConnection):
         self._record(exchange.request, exchange.upstream.name, exchange.status, exchange.started_s)
         self._next(keep_alive=keep_alive)
 
+    def protocol_switched(self, connection: UpstreamConnection, data: bytes) -> None:
+        """The server has answered 101, and `data` has come after it: from here on bytes pass as they are."""
+        exchange = self._exchange
+        assert exchange is not None
+        self._exchange = None
+        self._record(exchange.request, exchange.upstream.name, 101, exchange.started_s)
+        tunnel = self._tunnel = Tunnel(self, exchange.upstream)
+        if ahead := self._reader.take_buffered():
+            tunnel.client_data(ahead)
+        tunnel.upstream_ready(connection)
+        if data:
+            tunnel.upstream_data(data)
+        self.resume(PauseReason.PIPELINE | PauseReason.CLIENT)
+        if self._closing_input:
+            tunnel.client_ended()
+
     def exchange_failed(self, error: UpstreamError) -> None:
         """Answer in the upstream's place; a response already begun can only be cut off."""
         exchange = self._exchange
@@ -144,26 +188,53 @@ class HttpConnection(ClientConnection):
     # Inside.
 
     def _advance(self) -> None:
-        """Act on what has been read, as far as it goes."""
-        reader = self._reader
+        """Act on what has been read, as far as it goes, and for one turn of the loop."""
+        if self._advancing:
+            # A request has been answered while it was begun: the loop below goes on by itself.
+            return
+        self._advancing = True
         try:
-            while self._exchange is None:
-                request = reader.read_head()
-                if request is None:
-                    self._await_head()
+            for _ in range(STEPS_PER_TURN):
+                if self.phase is not Phase.OPEN or not self._step():
                     return
-                self._head_started = False
-                if not self._begin(request):
-                    return
-            exchange = self._exchange
-            if not exchange.request_ended:
-                data = reader.read_body()
-                exchange.send(data, last=reader.at_end)
-                self._set_deadline()
-            elif reader.buffered_bytes > PIPELINED_BYTES:
-                self.pause(PauseReason.PIPELINE)
+            self.pause(PauseReason.TURN)
+            asyncio.get_running_loop().call_soon(self._next_turn)
         except HttpError as error:
             self._refuse(error)
+        finally:
+            self._advancing = False
+
+    def _next_turn(self) -> None:
+        if self.phase is Phase.OPEN:
+            self.resume(PauseReason.TURN)
+            self._advance()
+
+    def _step(self) -> bool:
+        """Read a head or part of a body; tell whether there is more to do."""
+        reader = self._reader
+        exchange = self._exchange
+        if exchange is None:
+            request = reader.read_head()
+            if request is None:
+                self._await_head()
+                return False
+            self._head_started = False
+            self._begin(request)
+            exchange = self._exchange
+            if exchange is None:
+                return True
+        if not exchange.request_ended:
+            data = reader.read_body()
+            exchange.send(data, last=reader.at_end, trailers=reader.trailers)
+            self._set_deadline()
+            if reader.has_more or self._exchange is None:
+                return True
+            if self._closing_input and not reader.at_end:
+                self.abort()
+                return False
+        if reader.buffered_bytes > PIPELINED_BYTES:
+            self.pause(PauseReason.PIPELINE)
+        return False
 
     def _await_head(self) -> None:
         if self._closing_input:
@@ -172,8 +243,8 @@ class HttpConnection(ClientConnection):
             self._head_started = True
             self.deadline = monotonic() + self.runtime.config.timeouts.header_s
 
-    def _begin(self, request: RequestHead) -> bool:
-        """Start an exchange, or answer that there is no route (False if that ends the connection)."""
+    def _begin(self, request: RequestHead) -> None:
+        """Start an exchange, or answer what needs no upstream."""
         runtime = self.runtime
         route = runtime.router.find(request.host_name, request.path)
         if route is None or route.config.upstream is None:
@@ -184,12 +255,11 @@ class HttpConnection(ClientConnection):
                 self._redirect(request, route, keep_alive=keep_alive)
             if not keep_alive:
                 self.finish()
-            return keep_alive
+            return
         if route.config.body_bytes:
             self._reader.limit_body(route.config.body_bytes)
         self._exchange = Exchange(self, request, route, runtime.upstreams[route.config.upstream])
         self._exchange.start()
-        return True
 
     def _redirect(self, request: RequestHead, route: Route, *, keep_alive: bool) -> None:
         redirect = route.config.redirect

@@ -1,4 +1,4 @@
-"""mode: tcp: TLS ends here, its bytes go to an upstream and back, whatever they mean.
+"""Bytes both ways, whatever they mean: all of a connection in `mode: tcp`, or what follows a 101 in HTTP.
 
 Each direction ends on its own (close_notify on the client's side, FIN on the upstream's), and each is paused while the
 other side is full.
@@ -18,29 +18,36 @@ if TYPE_CHECKING:
     from tlsproxy.serve.listener import ListenerRuntime
 
 
-class TunnelConnection(ClientConnection):
-    """A client whose bytes are passed on. It owns its upstream connection."""
+class Tunnel:
+    """Passes bytes between a client and an upstream connection, which it owns once there is one."""
 
-    __slots__ = ("_connection", "_from_client_ended", "_from_upstream_ended", "_pending", "_upstream")
+    __slots__ = ("_client", "_connection", "_from_client_ended", "_from_upstream_ended", "_pending", "_upstream")
 
-    def __init__(self, runtime: ListenerRuntime) -> None:
-        super().__init__(runtime)
-        assert runtime.config.upstream is not None
-        self._upstream: Upstream = runtime.upstreams[runtime.config.upstream]
+    def __init__(self, client: ClientConnection, upstream: Upstream) -> None:
+        self._client = client
+        self._upstream = upstream
         self._connection: UpstreamConnection | None = None
         self._pending: list[bytes] = []
         self._from_client_ended = False
         self._from_upstream_ended = False
 
-    # What ClientConnection calls.
-
-    def established(self) -> None:
-        """Connect to the upstream; until then the client is not read."""
-        self.deadline = math.inf
-        self.pause(PauseReason.UPSTREAM)
+    def connect(self) -> None:
+        """Ask for a connection; until it is there the client is not read."""
+        self._client.deadline = math.inf
+        self._client.pause(PauseReason.UPSTREAM)
         self._upstream.acquire(self, fresh=True)
 
-    def plaintext_received(self, data: bytes) -> None:
+    def close(self) -> None:
+        """The client is gone: let go of the upstream."""
+        if self._connection is not None:
+            self._connection.abort()
+            self._connection = None
+        else:
+            self._upstream.cancel(self)
+
+    # What the client's connection calls.
+
+    def client_data(self, data: bytes) -> None:
         """Pass on."""
         if self._connection is None:
             self._pending.append(data)
@@ -48,15 +55,15 @@ class TunnelConnection(ClientConnection):
             self._connection.write((data,))
             self._touch()
 
-    def input_ended(self) -> None:
+    def client_ended(self) -> None:
         """Pass the end on, and close once both directions have ended."""
         self._from_client_ended = True
         if self._from_upstream_ended:
-            self.finish()
+            self._client.finish()
         elif self._connection is not None:
             self._connection.write_eof()
 
-    def output_writable(self, writable: bool) -> None:
+    def client_writable(self, writable: bool) -> None:
         """Stop or resume the upstream."""
         if self._connection is not None:
             if writable:
@@ -64,69 +71,102 @@ class TunnelConnection(ClientConnection):
             else:
                 self._connection.pause_reading()
 
-    def open_timeout(self, now_s: float) -> None:
+    def idle_timeout(self, now_s: float) -> None:
         """Close if nothing has passed in either direction for too long."""
-        if not self.write_paused or not self.output_progressed(now_s):
-            self.finish()
-
-    def ended(self) -> None:
-        """Let go of the upstream."""
-        if self._connection is not None:
-            self._connection.abort()
-            self._connection = None
-        else:
-            self._upstream.cancel(self)
-
-    def drain(self) -> None:
-        """Go on: only the protocol inside knows when it may end."""
+        client = self._client
+        if not client.write_paused or not client.output_progressed(now_s):
+            client.finish()
 
     # What the upstream calls.
 
     def upstream_ready(self, connection: UpstreamConnection) -> None:
         """Begin to pass bytes."""
         self._connection = connection
+        connection.owner = self
+        connection.deadline = math.inf
         if self._pending:
             connection.write(self._pending)
             self._pending.clear()
         if self._from_client_ended:
             connection.write_eof()
+        if self._client.write_paused:
+            connection.pause_reading()
         self._touch()
-        self.resume(PauseReason.UPSTREAM)
+        self._client.resume(PauseReason.UPSTREAM)
 
     def upstream_failed(self, error: UpstreamError) -> None:
         """Close: there is no one to talk to."""
         self._upstream.metrics.count_error(error.reason)
-        self.abort()
+        self._client.abort()
 
     def upstream_data(self, data: bytes) -> None:
         """Pass on."""
-        self.send(data)
+        self._client.send(data)
         self._touch()
 
     def upstream_eof(self) -> bool:
         """Pass the end on, and close once both directions have ended."""
         self._from_upstream_ended = True
         if self._from_client_ended:
-            self.finish()
+            self._client.finish()
             return False
-        self.end_output()
+        self._client.end_output()
         return True
 
     def upstream_lost(self, error: Exception | None) -> None:
         """Close; after an error without close_notify, for something is missing."""
         self._connection = None
         if error is None:
-            self.finish()
+            self._client.finish()
         else:
             self._upstream.metrics.count_error("connection_lost")
-            self.abort()
+            self._client.abort()
 
     def upstream_writable(self, writable: bool) -> None:
         """Let the client go on sending, or not."""
         if writable:
-            self.resume(PauseReason.UPSTREAM)
+            self._client.resume(PauseReason.UPSTREAM)
         else:
-            self.pause(PauseReason.UPSTREAM)
+            self._client.pause(PauseReason.UPSTREAM)
 
     def _touch(self) -> None:
-        self.deadline = monotonic() + self.runtime.config.timeouts.tunnel_idle_s
+        client = self._client
+        client.deadline = monotonic() + client.runtime.config.timeouts.tunnel_idle_s
+
+
+class TunnelConnection(ClientConnection):
+    """A client in `mode: tcp`."""
+
+    __slots__ = ("_tunnel",)
+
+    def __init__(self, runtime: ListenerRuntime) -> None:
+        super().__init__(runtime)
+        assert runtime.config.upstream is not None
+        self._tunnel = Tunnel(self, runtime.upstreams[runtime.config.upstream])
+
+    def established(self) -> None:
+        """Connect to the upstream."""
+        self._tunnel.connect()
+
+    def plaintext_received(self, data: bytes) -> None:
+        """Pass on."""
+        self._tunnel.client_data(data)
+
+    def input_ended(self) -> None:
+        """Pass on."""
+        self._tunnel.client_ended()
+
+    def output_writable(self, writable: bool) -> None:
+        """Stop or resume the upstream."""
+        self._tunnel.client_writable(writable)
+
+    def open_timeout(self, now_s: float) -> None:
+        """Close if idle."""
+        self._tunnel.idle_timeout(now_s)
+
+    def ended(self) -> None:
+        """Let go of the upstream."""
+        self._tunnel.close()
+
+    def drain(self) -> None:
+        """Go on: only the protocol inside knows when it may end."""

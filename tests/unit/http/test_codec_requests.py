@@ -108,17 +108,17 @@ BAD_HEADS = [
     ("control_character", b"GET / HTTP/1.1\r\nHost: a\r\nX: a\0b\r\n\r\n"),
     ("control_character", b"GET / HTTP/1.1\r\nHost: a\r\nX: \x01\r\n\r\n"),
     ("control_character", b"GET / HTTP/1.1\r\nHost: a\r\nX: \x7f\r\n\r\n"),
-    ("bad_head", b"GET / HTTP/1.1\r\nHost: a\r\nX : b\r\n\r\n"),
-    ("bad_head", b"GET / HTTP/1.1\r\nHost: a\r\n: b\r\n\r\n"),
-    ("bad_head", b"GET / HTTP/1.1\r\nHost: a\r\nX\r\n\r\n"),
-    ("bad_head", b"GET  / HTTP/1.1\r\nHost: a\r\n\r\n"),
-    ("bad_head", b"GET / HTTP/1.1 \r\nHost: a\r\n\r\n"),
-    ("bad_head", b"GET / http/1.1\r\nHost: a\r\n\r\n"),
-    ("bad_head", b"GET /\r\nHost: a\r\n\r\n"),
-    ("bad_head", b"G(T / HTTP/1.1\r\nHost: a\r\n\r\n"),
-    ("bad_head", b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n"),
-    ("bad_head", b"GET / HTTP/1.1\r\n\r\n"),
-    ("bad_head", b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n"),
+    ("bad_field", b"GET / HTTP/1.1\r\nHost: a\r\nX : b\r\n\r\n"),
+    ("bad_field", b"GET / HTTP/1.1\r\nHost: a\r\n: b\r\n\r\n"),
+    ("bad_field", b"GET / HTTP/1.1\r\nHost: a\r\nX\r\n\r\n"),
+    ("bad_request_line", b"GET  / HTTP/1.1\r\nHost: a\r\n\r\n"),
+    ("bad_request_line", b"GET / HTTP/1.1 \r\nHost: a\r\n\r\n"),
+    ("bad_request_line", b"GET / http/1.1\r\nHost: a\r\n\r\n"),
+    ("bad_request_line", b"GET /\r\nHost: a\r\n\r\n"),
+    ("bad_request_line", b"G(T / HTTP/1.1\r\nHost: a\r\n\r\n"),
+    ("bad_request_line", b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n"),
+    ("bad_host", b"GET / HTTP/1.1\r\n\r\n"),
+    ("bad_host", b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n"),
     ("bad_version", b"GET / HTTP/2.7\r\nHost: a\r\n\r\n"),
     ("bad_version", b"GET / HTTP/1.2\r\nHost: a\r\n\r\n"),
     ("bad_host", b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n"),
@@ -136,21 +136,25 @@ BAD_HEADS = [
     ("bad_target", b"GET /%2e%2e/a HTTP/1.1\r\nHost: a\r\n\r\n"),
     ("bad_target", b"GET /%zz HTTP/1.1\r\nHost: a\r\n\r\n"),
     ("bad_target", b"GET /%00 HTTP/1.1\r\nHost: a\r\n\r\n"),
+    ("bad_target", b"GET /a\\..\\b HTTP/1.1\r\nHost: a\r\n\r\n"),
     ("bad_target", b"GET ftp://a/ HTTP/1.1\r\nHost: a\r\n\r\n"),
     ("ambiguous_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n"),
     ("ambiguous_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\n"),
     ("ambiguous_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3, 3\r\n\r\n"),
     ("ambiguous_length", b"POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"),
-    ("bad_head", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n"),
-    ("bad_head", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: +3\r\n\r\n"),
-    ("bad_head", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0x3\r\n\r\n"),
-    ("bad_head", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -3\r\n\r\n"),
-    ("bad_head", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length:\r\n\r\n"),
+    ("ambiguous_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n"),
+    ("bad_content_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: +3\r\n\r\n"),
+    ("bad_content_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0x3\r\n\r\n"),
+    ("bad_content_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -3\r\n\r\n"),
+    ("bad_content_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length:\r\n\r\n"),
     ("bad_content_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000000000000\r\n\r\n"),
-    ("bad_head", b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"),
-    ("bad_head", b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, identity\r\n\r\n"),
-    ("bad_head", b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n"),
-    ("bad_head", b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: xchunked\r\n\r\n"),
+    ("bad_transfer_encoding", b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"),
+    ("bad_transfer_encoding", b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, identity\r\n\r\n"),
+    (
+        "bad_transfer_encoding",
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ),
+    ("bad_transfer_encoding", b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: xchunked\r\n\r\n"),
 ]
 
 
@@ -230,3 +234,61 @@ def test_the_limit_of_one_body_does_not_reach_the_next() -> None:
     assert reader.read_body() == b"abcd"
     assert reader.read_head() is not None
     assert reader.read_body() == b"abcd"
+
+
+def test_chunks_are_decoded_a_millisecond_at_a_time_and_all_the_same() -> None:
+    _, reader = read(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 1500)
+    body = [reader.read_body()]
+    while reader.has_more:
+        body.append(reader.read_body())
+    assert max(map(len, body)) == 512
+    assert b"".join(body) == b"x" * 1500
+    reader.receive(b"0\r\n\r\n")
+    assert reader.read_body() == b""
+    assert reader.at_end
+
+
+def test_the_last_chunk_may_be_the_first_of_the_next_call() -> None:
+    chunks = b"1\r\nx\r\n" * 512 + b"0\r\nA: b\r\n\r\n"
+    _, reader = read(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+    assert len(reader.read_body()) == 512
+    assert not reader.at_end
+    assert reader.read_body() == b""
+    assert reader.at_end
+
+
+def test_trailers_are_kept_for_who_asks() -> None:
+    _, reader = read(
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nDigest:  y \r\nB:\r\n\r\n"
+    )
+    assert reader.read_body() == b"x"
+    assert reader.trailers == [(b"digest", b"Digest", b"y"), (b"b", b"B", b"")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "upgrade"),
+    [
+        (b"Connection: Upgrade\r\nUpgrade: websocket\r\n", b"websocket"),
+        (b"Connection: keep-alive, upgrade\r\nUpgrade: foo/2\r\n", b"foo/2"),
+        (b"Upgrade: websocket\r\n", b""),
+        (b"Connection: upgrade\r\n", b""),
+        (b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n", b""),
+        (b"Connection: upgrade\r\nUpgrade: TLS/1.0\r\n", b""),
+        (b"Connection: upgrade\r\nUpgrade: HTTP/2.0\r\n", b""),
+        (b"Connection: upgrade\r\nUpgrade: websocket, h2c\r\n", b""),
+        (b"Connection: upgrade\r\nUpgrade: websocket\r\nUpgrade: h2c\r\n", b""),
+        (b"Connection: upgrade\r\nUpgrade: websocket\r\nContent-Length: 1\r\n", b""),
+        (b"Connection: upgrade\r\nUpgrade: websocket\r\nTransfer-Encoding: chunked\r\n", b""),
+    ],
+)
+def test_which_upgrades_may_be_asked_for(fields: bytes, upgrade: bytes) -> None:
+    head, _ = read(b"GET / HTTP/1.1\r\nHost: a\r\n" + fields + b"\r\n")
+    assert head.upgrade == upgrade
+
+
+@pytest.mark.parametrize(
+    ("value", "takes"), [(b"trailers", True), (b"gzip;q=0.5, Trailers", True), (b"gzip", False), (b"", False)]
+)
+def test_who_takes_trailers(value: bytes, takes: bool) -> None:
+    head, _ = read(b"GET / HTTP/1.1\r\nHost: a\r\nTE: " + value + b"\r\n\r\n")
+    assert head.takes_trailers is takes

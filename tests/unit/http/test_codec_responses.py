@@ -51,11 +51,11 @@ def test_a_body_cut_short_is_an_error(framing: bytes) -> None:
         reader.end_of_input()
 
 
-@pytest.mark.parametrize(("method", "status"), [(b"HEAD", 200), (b"GET", 204), (b"GET", 304)])
-def test_responses_without_a_body(method: bytes, status: int) -> None:
-    head, reader = read(b"HTTP/1.1 %d X\r\nContent-Length: 5\r\n\r\n" % status, method)
+@pytest.mark.parametrize(("method", "status", "length"), [(b"HEAD", 200, 5), (b"GET", 204, 0), (b"GET", 304, 5)])
+def test_responses_without_a_body(method: bytes, status: int, length: int) -> None:
+    head, reader = read(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (status, length), method)
     assert not head.has_body
-    assert head.content_length == 5
+    assert head.content_length == length
     assert reader.at_end
 
 
@@ -101,7 +101,13 @@ BAD_HEADS = [
     b"HTTP/1.1 099 OK\r\n\r\n",
     b"ICY 200 OK\r\n\r\n",
     b"hello\r\n\r\n",
-    b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n",
+    b"HTTP/1.1 600 X\r\n\r\n",
+    b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\n\r\n",
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\nTransfer-Encoding: chunked\r\n\r\n",
+    b"HTTP/1.1 103 Early Hints\r\nContent-Length: 3\r\n\r\n",
+    b"HTTP/1.1 204 No Content\r\nContent-Length: 3\r\n\r\n",
+    b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nContent-Length: 1, 1\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
@@ -136,3 +142,12 @@ def test_a_second_response_on_one_connection() -> None:
     assert head is not None
     assert head.status == 404
     assert reader.at_end
+
+
+def test_what_follows_a_switch_of_protocols_is_no_http() -> None:
+    head, reader = read(
+        b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: WebSocket\r\n\r\n\x81\x00"
+    )
+    assert (head.status, head.upgrade) == (101, b"WebSocket")
+    assert reader.take_buffered() == b"\x81\x00"
+    assert reader.buffered_bytes == 0
