@@ -20,7 +20,7 @@ from hsm.pool_request import Signature
 from tests.backends import backend
 from tests.dataplane import AUTHORITY, CLIENT_CONTEXT, DataPlane, TlsClient, data_plane, until
 from tests.unit.tls.peers import Authority, client_context
-from tlsproxy.serve.counting import PHASES
+from tlsproxy.serve.anatomy import PHASES
 
 HANDSHAKES = int(os.environ.get("HANDSHAKES", "2000"))
 TLS12_CONTEXT = client_context(AUTHORITY, tls12=True)

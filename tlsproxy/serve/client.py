@@ -15,7 +15,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, cast
 
 from hsm.pool_request import Signature
-from tlsproxy.serve.counting import HandshakePhases, sign_failure_result
+from tlsproxy.serve.anatomy import HandshakePhases
+from tlsproxy.serve.counting import sign_failure_result
 from tlsproxy.serve.plain import PlainConnection
 from tlsproxy.tls.engine import TlsConnection
 from tlsproxy.tls.errors import ConnectionClosedError, SignatureLengthError
@@ -337,7 +338,8 @@ class ClientConnection(asyncio.Protocol, ABC):
 
     def _complete(self, event: HandshakeComplete) -> None:
         total_s = monotonic() - self._accepted_s
-        phases = None
+        metrics = self.runtime.metrics
+        metrics.observe_handshake(event, total_s)
         signed = self._signed
         if signed is not None:
             assert isinstance(self._tls, TlsConnection)
@@ -351,8 +353,8 @@ class ClientConnection(asyncio.Protocol, ABC):
                 # The token's own time is rounded up to a microsecond: what is left can be less than nothing.
                 max(finish_s, 0.0),
             )
+            metrics.observe_phases(event, total_s, phases, signed.token)
             self._signed = None
-        self.runtime.metrics.observe_handshake(event, total_s, phases)
         self.runtime.handshake_ended()
         self.phase = Phase.OPEN
         self.established()

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from time import time
+from typing import NamedTuple
 
 from hsm.errors import DeadlineExceeded, Overloaded, PolicyRejected
 from hsm.metricstore import Histogram, MetricStore
 from tlsproxy import metrics
+from tlsproxy.serve.anatomy import PHASES, HandshakePhases, SlowestHandshakes, SlowHandshake
 from tlsproxy.tls.events import HandshakeComplete
 
 _KNOWN_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"))
-
-
-class HandshakePhases(NamedTuple):
-    """Where a full handshake's time went, in seconds; the parts add up to its duration."""
-
-    client_hello_s: float
-    """Reading the ClientHello and preparing the answer, up to the request for a signature."""
-    certificate_s: float
-    """Choosing the certificate."""
-    queue_s: float
-    """Waiting for the HSM: in the pool, in sockets and in the worker."""
-    sign_s: float
-    """In the HSM."""
-    client_s: float
-    """Waiting for the client: for its ClientHello, and for its answer to the server's."""
-    finish_s: float
-    """The rest: sending the answer, and checking the client's."""
-
-
-PHASES: Final = tuple(name.removesuffix("_s") for name in HandshakePhases._fields)
-"""The values of the label `phase`."""
 
 
 class _HandshakeKind(NamedTuple):
@@ -67,6 +48,7 @@ class ListenerMetrics:
         self.bytes_in = store.counter(metrics.BYTES, (listener, "in"))
         self.bytes_out = store.counter(metrics.BYTES, (listener, "out"))
         self._phases = tuple(store.histogram(metrics.HANDSHAKE_PHASE_DURATION, (phase,)) for phase in PHASES)
+        self.slowest = SlowestHandshakes()
         self._kinds: dict[tuple[object, ...], _HandshakeKind] = {}
         self._requests: dict[tuple[str, bytes, int], tuple[int, Histogram]] = {}
 
@@ -78,18 +60,35 @@ class ListenerMetrics:
         """Count a handshake that ended without success."""
         self.values[self._store.counter(metrics.HANDSHAKES, (self._listener, result, "false", ""))] += 1.0
 
-    def observe_handshake(self, complete: HandshakeComplete, duration_s: float, phases: HandshakePhases | None) -> None:
-        """Count a handshake that succeeded; `phases` is None for a resumed one."""
-        certificate = complete.certificate
-        key = (complete.tls_version, complete.cipher, complete.group, complete.scheme, certificate.key_type)
+    def observe_handshake(self, complete: HandshakeComplete, duration_s: float) -> None:
+        """Count a handshake that succeeded."""
+        key = (complete.tls_version, complete.cipher, complete.group, complete.scheme, complete.certificate.key_type)
         kind = self._kinds.get(key) or self._register_kind(key, complete)
         values = self.values
         values[kind.handshakes] += 1.0
         values[kind.negotiated] += 1.0
         kind.duration.observe(duration_s)
-        if phases is not None:
-            for histogram, seconds in zip(self._phases, phases):  # noqa: B905 - a strict zip costs three times as much
-                histogram.observe(seconds)
+
+    def observe_phases(
+        self, complete: HandshakeComplete, duration_s: float, phases: HandshakePhases, token: str
+    ) -> None:
+        """Take note of where the time of a full handshake went, `token` having signed."""
+        for histogram, seconds in zip(self._phases, phases):  # noqa: B905 - a strict zip costs three times as much
+            histogram.observe(seconds)
+        if duration_s > self.slowest.floor_s:
+            self.slowest.add(
+                SlowHandshake(
+                    time(),
+                    self._listener,
+                    complete.tls_version,
+                    complete.cipher,
+                    complete.certificate.key_type.value,
+                    token,
+                    "" if complete.scheme is None else complete.scheme.label,
+                    duration_s,
+                    phases,
+                )
+            )
 
     def _register_kind(self, key: tuple[object, ...], complete: HandshakeComplete) -> _HandshakeKind:
         store = self._store
