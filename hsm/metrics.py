@@ -48,7 +48,11 @@ HEDGES = Family(
     ("outcome",),
 )
 TOKEN_UP = Family(
-    "hsm_token_up", Kind.GAUGE, "1 if every proxy process reaches a worker of the token.", ("token",), merge=Merge.MIN
+    "hsm_token_up",
+    Kind.GAUGE,
+    "1 if every proxy process reaches a worker of the token and its circuit is closed.",
+    ("token",),
+    merge=Merge.MIN,
 )
 CIRCUIT_STATE = Family(
     "hsm_circuit_state",

@@ -159,7 +159,7 @@ class PoolToken:
     def show_state(self) -> None:
         """Set the gauges of what does not change with each request."""
         values = self._store.values
-        values[self._store.gauge(metrics.TOKEN_UP, (self.name,))] = float(bool(self.connections))
+        values[self._store.gauge(metrics.TOKEN_UP, (self.name,))] = float(bool(self.connections) and self.is_trusted)
         for state in CircuitState:
             value = float(self.circuit.state is state)
             values[self._store.gauge(metrics.CIRCUIT_STATE, (self.name, state.value))] = value
