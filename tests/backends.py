@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 Handler = Callable[["BackendConnection"], Awaitable[None]]
 
@@ -90,8 +92,15 @@ def always(response: bytes, *, close: bool = False) -> Handler:
 
 
 @contextlib.asynccontextmanager
-async def backend(handler: Handler = answer_each) -> AsyncIterator[Backend]:
-    """Run a back end on a port of its own; when a handler returns, its connection is closed."""
+async def backend(
+    handler: Handler = answer_each,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    unix_path: Path | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> AsyncIterator[Backend]:
+    """Run a back end on a port of its own, or on a Unix socket; when a handler returns, its connection is closed."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -110,8 +119,12 @@ async def backend(handler: Handler = answer_each) -> AsyncIterator[Backend]:
             writer.close()
             tasks.discard(task)
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    running = Backend(server.sockets[0].getsockname()[1])
+    if unix_path is not None:
+        server = await asyncio.start_unix_server(serve, unix_path, ssl=tls)
+        running = Backend(0)
+    else:
+        server = await asyncio.start_server(serve, host, port, ssl=tls)
+        running = Backend(server.sockets[0].getsockname()[1])
     try:
         yield running
     finally:

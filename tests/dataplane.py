@@ -21,6 +21,9 @@ from tlsproxy import metrics
 from tlsproxy.config import (
     Address,
     Balance,
+    EjectionConfig,
+    HashConfig,
+    HashSource,
     ListenerConfig,
     ListenerLimits,
     ListenerMode,
@@ -44,7 +47,7 @@ CERTIFICATE = SIGNER.certificate(KeyType.ECDSA_P256, "localhost", name="www")
 CLIENT_CONTEXT = client_context(AUTHORITY)
 TIMEOUTS = ListenerTimeouts(handshake_s=10, header_s=10, body_idle_s=30, idle_s=60, tunnel_idle_s=3600)
 LIMITS = ListenerLimits(header_bytes=65536, body_bytes=0, connections=0, connections_per_client=0, handshakes=0)
-UPSTREAM_TIMEOUTS = UpstreamTimeouts(connect_s=2, response_s=30, idle_s=60)
+UPSTREAM_TIMEOUTS = UpstreamTimeouts(connect_s=2, response_s=30, idle_s=60, queue_s=5)
 
 
 class TestPool:
@@ -120,6 +123,38 @@ class DataPlane:
         return client
 
 
+def upstream_config(
+    name: str, ports: Sequence[int], server_settings: Mapping[str, Any], **changes: Any
+) -> UpstreamConfig:
+    """Return an upstream of servers at `ports` of 127.0.0.1, with `changes`."""
+    plain = UpstreamConfig(
+        name=name,
+        servers=tuple(
+            ServerConfig(
+                **{
+                    "address": Address("127.0.0.1", port),
+                    "weight": 1,
+                    "max_connections": 0,
+                    **{key: value[i] if isinstance(value, list) else value for key, value in server_settings.items()},
+                }
+            )
+            for i, port in enumerate(ports)
+        ),
+        balance=Balance.ROUND_ROBIN,
+        hash=HashConfig(HashSource.CLIENT_ADDRESS, ""),
+        keepalive=32,
+        queue=128,
+        retries=1,
+        resolve_interval_s=30,
+        timeouts=UPSTREAM_TIMEOUTS,
+        health=None,
+        ejection=EjectionConfig(5, 10),
+        tls=None,
+        origin=ORIGIN,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
 @contextlib.asynccontextmanager
 async def data_plane(
     ports: int | Sequence[int] | Mapping[str, Sequence[int]],
@@ -131,28 +166,28 @@ async def data_plane(
     limits: Mapping[str, int] | None = None,
     timeouts: Mapping[str, float] | None = None,
     upstream_timeouts: Mapping[str, float] | None = None,
-    balance: Balance = Balance.ROUND_ROBIN,
-    keepalive: int = 32,
+    upstream: Mapping[str, Any] | None = None,
+    servers: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[DataPlane]:
     """Run a listener before the back ends at `ports`: of the upstream `app`, or of several by name.
 
-    `routes` and `listener` say what differs from a route of everything to `app` and from a plain listener's defaults.
+    `routes`, `listener`, `upstream` and `servers` say what differs from a route of everything to `app` and from plain
+    settings; settings of a server may be a list, for each server in turn.
     """
     by_name = ports if isinstance(ports, Mapping) else {"app": [ports] if isinstance(ports, int) else ports}
     store = MetricStore()
     upstreams = {
         name: Upstream(
-            UpstreamConfig(
-                name=name,
-                servers=tuple(ServerConfig(Address("127.0.0.1", port)) for port in servers),
-                balance=balance,
-                keepalive=keepalive,
+            upstream_config(
+                name,
+                server_ports,
+                servers or {},
                 timeouts=dataclasses.replace(UPSTREAM_TIMEOUTS, **(upstream_timeouts or {})),
-                origin=ORIGIN,
+                **(upstream or {}),
             ),
             UpstreamMetrics(store, name),
         )
-        for name, servers in by_name.items()
+        for name, server_ports in by_name.items()
     }
     listener_timeouts = dataclasses.replace(TIMEOUTS, **(timeouts or {}))
     listener_limits = dataclasses.replace(LIMITS, **(limits or {}))
@@ -180,6 +215,8 @@ async def data_plane(
         upstreams=upstreams,
         metrics=ListenerMetrics(store, "test"),
     )
+    for item in upstreams.values():
+        await item.start()
     server = await asyncio.get_running_loop().create_server(runtime, "127.0.0.1", 0)
     runtime.start()
     running = DataPlane(server.sockets[0].getsockname()[1], runtime, pool, store, upstreams)

@@ -42,6 +42,14 @@ class Address:
     host: str
     port: int
 
+    @property
+    def is_ip(self) -> bool:
+        """The host is an address, not a name."""
+        try:
+            return bool(ipaddress.ip_address(self.host))
+        except ValueError:
+            return False
+
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
@@ -238,13 +246,44 @@ class Balance(str, enum.Enum):
 
     ROUND_ROBIN = "round_robin"
     LEAST_CONNECTIONS = "least_connections"
+    CONSISTENT_HASH = "consistent_hash"
+
+
+class HashSource(str, enum.Enum):
+    """What of a request is hashed."""
+
+    CLIENT_ADDRESS = "client_address"
+    HEADER = "header"
+    COOKIE = "cookie"
+
+
+@dataclass(frozen=True, slots=True)
+class HashConfig:
+    """consistent_hash: what requests have in common that go to the same server."""
+
+    source: HashSource
+    name: str
+    """Of the header field or cookie. Where a request lacks it, its client's address is hashed."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """A Unix-domain stream socket."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """One server of an upstream."""
+    """One server of an upstream, or several if its name has several addresses."""
 
-    address: Address
+    address: Address | UnixAddress
+    weight: int
+    max_connections: int
+    """Connections in use at a time, for each proxy process; 0 means no limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +293,44 @@ class UpstreamTimeouts:
     connect_s: float
     response_s: float
     idle_s: float
+    queue_s: float
+    """How long a request may wait while every server has `max_connections`."""
+
+
+@dataclass(frozen=True, slots=True)
+class HealthConfig:
+    """How servers are asked whether they work, by each proxy process."""
+
+    path: str | None
+    """A GET that is answered 2xx or 3xx; None: a connection is enough."""
+    host: str | None
+    """The Host of that GET; None: the server's address."""
+    interval_s: float
+    timeout_s: float
+    rise: int
+    """Successes in a row that bring a server back."""
+    fall: int
+    """Failures in a row that take it away."""
+
+
+@dataclass(frozen=True, slots=True)
+class EjectionConfig:
+    """When a server whose requests fail gets none for a while."""
+
+    failures: int
+    """In a row; 0: never."""
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamTlsConfig:
+    """TLS towards the servers."""
+
+    verify: bool
+    ca_pem: str | None
+    """The CA certificates that servers are verified against; None: the system's."""
+    server_name: str | None
+    """For SNI and verification; None: the host of the server's address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,9 +340,19 @@ class UpstreamConfig:
     name: str
     servers: tuple[ServerConfig, ...]
     balance: Balance
+    hash: HashConfig
     keepalive: int
     """Idle connections kept for each server and proxy process."""
+    queue: int
+    """Requests that may wait while every server has `max_connections`, for each proxy process."""
+    retries: int
+    """Further servers that are tried with an idempotent request of which nothing has been answered."""
+    resolve_interval_s: float
+    """How often names are resolved again."""
     timeouts: UpstreamTimeouts
+    health: HealthConfig | None
+    ejection: EjectionConfig
+    tls: UpstreamTlsConfig | None
     origin: Origin
 
 

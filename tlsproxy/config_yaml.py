@@ -6,6 +6,7 @@ tokens) is checked later, by `serve.materials`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable
@@ -15,7 +16,6 @@ from typing import TypeVar
 from hsm.keyreference import KeyReference
 from tlsproxy.config import (
     AdminConfig,
-    Balance,
     CertificateConfig,
     Config,
     HsmConfig,
@@ -23,16 +23,15 @@ from tlsproxy.config import (
     LogFormat,
     LogLevel,
     RouteConfig,
-    ServerConfig,
     TokenConfig,
     TokenKind,
     UpstreamConfig,
-    UpstreamTimeouts,
 )
 from tlsproxy.errors import ConfigError, Problem
 from tlsproxy.yaml_listeners import read_listener
 from tlsproxy.yaml_nodes import MAX_FILE_BYTES, Document, InvalidValueError, MappingReader, Value
-from tlsproxy.yaml_values import NOWHERE, read_listen_address, read_name, read_server_address
+from tlsproxy.yaml_upstreams import read_upstream
+from tlsproxy.yaml_values import NOWHERE, read_listen_address, read_name
 
 _REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-[0-9]+")
 _HTTPS_URL = re.compile(r"https://[!-~]+|http://(127\.0\.0\.1|localhost)(:[0-9]+)?/?")
@@ -43,12 +42,29 @@ Named = TypeVar("Named", TokenConfig, CertificateConfig, UpstreamConfig)
 
 def load_config(file: str) -> Config:
     """Read the configuration in `file`. Raises ConfigError with every problem found."""
+    return parse_config(_content(file), file, Path(file).absolute().parent)
+
+
+def load_runtime_dir(file: str) -> Path:
+    """Read `runtime_dir` alone: it may be asked for while the rest is wrong. Raises ConfigError."""
+    directory = Path(file).absolute().parent
+    document = Document(file, directory)
+    root = document.parse(_content(file))
+    with contextlib.suppress(InvalidValueError):
+        return _runtime_dir(root.mapping(), directory)
+    raise ConfigError(document.problems)
+
+
+def _content(file: str) -> bytes:
     try:
         with Path(file).open("rb") as stream:
-            content = stream.read(MAX_FILE_BYTES + 1)
+            return stream.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ConfigError([Problem(file, 1, 1, "(file)", f"expected a readable file; got {error.strerror}")]) from None
-    return parse_config(content, file, Path(file).absolute().parent)
+
+
+def _runtime_dir(root: MappingReader, directory: Path) -> Path:
+    return root.optional("runtime_dir", Value.path_name, directory / "run")
 
 
 def parse_config(content: bytes, file: str, directory: Path) -> Config:
@@ -75,7 +91,7 @@ def _config(root: MappingReader, directory: Path) -> Config:
     tokens = hsm.required("tokens", lambda value: value.each(_token, at_least=1), no_tokens)
     config = Config(
         workers=root.optional("workers", _workers, _cores()),
-        runtime_dir=root.optional("runtime_dir", Value.path_name, directory / "run"),
+        runtime_dir=_runtime_dir(root, directory),
         drain_timeout_s=root.optional("drain_timeout", lambda value: value.duration(0.1, 86400), 30.0),
         log=LogConfig(
             level=log.optional("level", lambda value: value.choice(LogLevel), LogLevel.INFO),
@@ -94,7 +110,7 @@ def _config(root: MappingReader, directory: Path) -> Config:
             (),
         ),
         listeners=root.required("listeners", lambda value: value.each(read_listener, at_least=1), ()),
-        upstreams=root.required("upstreams", lambda value: value.each(_upstream, at_least=1), ()),
+        upstreams=root.required("upstreams", lambda value: value.each(read_upstream, at_least=1), ()),
         admin=root.optional("admin", _admin, None),
     )
     for reader in (log, hsm, root):
@@ -192,33 +208,6 @@ def _key(value: Value) -> str:
     return text
 
 
-def _upstream(value: Value) -> UpstreamConfig:
-    reader = value.mapping()
-    timeouts = reader.section("timeouts")
-    upstream = UpstreamConfig(
-        name=reader.required("name", read_name, ""),
-        servers=reader.required("servers", lambda item: item.each(_server, at_least=1), ()),
-        balance=reader.optional("balance", lambda item: item.choice(Balance), Balance.ROUND_ROBIN),
-        keepalive=reader.optional("keepalive", lambda item: item.integer(0, 100_000), 256),
-        timeouts=UpstreamTimeouts(
-            connect_s=timeouts.optional("connect", lambda item: item.duration(0.01, 3600), 2.0),
-            response_s=timeouts.optional("response", lambda item: item.duration(0.01, 86400), 30.0),
-            idle_s=timeouts.optional("idle", lambda item: item.duration(0.1, 86400), 60.0),
-        ),
-        origin=value.origin,
-    )
-    timeouts.finish()
-    reader.finish()
-    return upstream
-
-
-def _server(value: Value) -> ServerConfig:
-    reader = value.mapping()
-    server = ServerConfig(address=reader.required("address", read_server_address, NOWHERE))
-    reader.finish()
-    return server
-
-
 def _admin(value: Value) -> AdminConfig:
     reader = value.mapping()
     admin = AdminConfig(address=reader.required("address", read_listen_address, NOWHERE))
@@ -247,6 +236,9 @@ def _check_references(config: Config, problems: list[Problem]) -> None:
         ]
         if listener.upstream and listener.upstream not in upstreams:
             problems.append(listener.origin.problem("upstream", _unknown("upstream", listener.upstream, upstreams)))
+        if any(item.name == listener.upstream and item.hash.name for item in config.upstreams):
+            message = "expected an upstream that does not hash a header or cookie, as mode is tcp; got one that does"
+            problems.append(listener.origin.problem("upstream", message))
         if listener.address != NOWHERE and listener.address in addresses:
             message = f"expected an address used once; got {listener.address} again"
             problems.append(listener.origin.problem("address", message))

@@ -111,8 +111,27 @@ UPSTREAM_ERRORS = Family(
 UPSTREAM_RETRIES = Family(
     "tlsproxy_upstream_retries_total",
     Kind.COUNTER,
-    "Requests sent again because a kept-alive connection had been closed under them.",
+    "Requests sent again: a kept-alive connection had been closed under them, or their server had failed.",
     ("upstream",),
+)
+UPSTREAM_WAITING = Family(
+    "tlsproxy_upstream_waiting",
+    Kind.GAUGE,
+    "Requests in the queue because every server has as many connections as it may.",
+    ("upstream",),
+)
+UPSTREAM_SERVER_UP = Family(
+    "tlsproxy_upstream_server_up",
+    Kind.GAUGE,
+    "1 while a server gets requests from every proxy worker; 0 while one has it down or ejected, or has no address.",
+    ("upstream", "server"),
+    merge=Merge.MIN,
+)
+UPSTREAM_EJECTIONS = Family(
+    "tlsproxy_upstream_ejections_total",
+    Kind.COUNTER,
+    "Times a server got no more requests for a while because those it had had failed.",
+    ("upstream", "server"),
 )
 
 # Processes
@@ -149,6 +168,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
         UPSTREAM_CONNECTIONS,
         UPSTREAM_ERRORS,
         UPSTREAM_RETRIES,
+        UPSTREAM_WAITING,
+        UPSTREAM_SERVER_UP,
+        UPSTREAM_EJECTIONS,
         EVENT_LOOP_LAG,
         WORKERS_READY,
         WORKER_RESTARTS,

@@ -18,11 +18,18 @@ from tlsproxy.config import (
     TlsProfile,
 )
 from tlsproxy.yaml_nodes import InvalidValueError, MappingReader, Value
-from tlsproxy.yaml_values import HOST_LABEL, NOWHERE, read_host_name, read_listen_address, read_name, read_network
+from tlsproxy.yaml_values import (
+    FIELD_NAME,
+    HOST_LABEL,
+    NOWHERE,
+    read_host_name,
+    read_listen_address,
+    read_name,
+    read_network,
+)
 
 _ROUTE_HOST = re.compile(rf"\*|(?:\*\.)?{HOST_LABEL}(?:\.{HOST_LABEL})*|\d+(?:\.\d+){{3}}|\[[0-9a-f:.]+\]")
 _ROUTE_PATH = re.compile(r"/[!-\"$->@-~]*")
-_FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
 _FIELD_VALUE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
 _REDIRECT_STATUSES = (301, 302, 303, 307, 308)
 _FRAMING = frozenset(
@@ -218,7 +225,7 @@ def _header_rules(reader: MappingReader, *, to_set: Set[str], to_add_or_remove: 
     """Read `set`, `add` and `remove`, where names in `to_set` and `to_add_or_remove` are refused."""
 
     def field_name(value: Value, text: str, refused: Set[str]) -> str:
-        if not _FIELD_NAME.fullmatch(text) or text.lower() in refused:
+        if not FIELD_NAME.fullmatch(text) or text.lower() in refused:
             value.note(f"expected the name of a header field that the proxy does not write itself; got {text!r}")
             raise InvalidValueError
         return text

@@ -158,6 +158,20 @@ class Value:
         """Return an absolute path; a relative one in the file is relative to the file."""
         return self._document.directory / self.text("a path", secret=secret)
 
+    def file_content(self, max_bytes: int) -> bytes:
+        """Return what is in the file named here."""
+        path = self.path_name()
+        try:
+            with path.open("rb") as file:
+                content = file.read(max_bytes + 1)
+        except OSError as error:
+            self.note(f"{path}: expected a readable file; got {error.strerror}")
+            raise InvalidValueError from None
+        if len(content) > max_bytes:
+            self.note(f"{path}: expected at most {max_bytes} bytes; got more")
+            raise InvalidValueError
+        return content
+
     def integer(self, low: int, high: int, or_else: str = "") -> int:
         """Return a number in [low, high]; `or_else` is for the message: what else the caller takes."""
         expected = f"a number from {low} to {high}{or_else}"

@@ -135,8 +135,17 @@ class UpstreamMetrics:
         self.connecting, self.active, self.idle = (
             store.gauge(metrics.UPSTREAM_CONNECTIONS, (upstream, state)) for state in ("connecting", "active", "idle")
         )
+        self.waiting = store.gauge(metrics.UPSTREAM_WAITING, (upstream,))
         self.retries = store.counter(metrics.UPSTREAM_RETRIES, (upstream,))
 
     def count_error(self, reason: str) -> None:
         """Count a request that the upstream failed to answer."""
         self.values[self._store.counter(metrics.UPSTREAM_ERRORS, (self._upstream, reason))] += 1.0
+
+    def count_ejection(self, server: str) -> None:
+        """Count that a server was ejected."""
+        self.values[self._store.counter(metrics.UPSTREAM_EJECTIONS, (self._upstream, server))] += 1.0
+
+    def set_server_up(self, server: str, up: bool) -> None:
+        """Say whether a server gets requests."""
+        self.values[self._store.gauge(metrics.UPSTREAM_SERVER_UP, (self._upstream, server))] = float(up)

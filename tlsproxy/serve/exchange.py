@@ -12,13 +12,17 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from tlsproxy.config import HashConfig
 from tlsproxy.errors import UpstreamError
+from tlsproxy.http.affinity import hash_key
 from tlsproxy.http.chunks import chunk, last_chunk
 from tlsproxy.http.codec import RequestHead, ResponseHead, ResponseReader
 from tlsproxy.http.forwarding import Hop, request_head, response_head
 from tlsproxy.http.routing import Route
 from tlsproxy.http.syntax import Field
-from tlsproxy.serve.upstream import Upstream, UpstreamConnection
+from tlsproxy.serve.servers import Server
+from tlsproxy.serve.upstream import Upstream
+from tlsproxy.serve.upstream_connection import UpstreamConnection
 
 if TYPE_CHECKING:
     from tlsproxy.serve.http_connection import HttpConnection
@@ -45,6 +49,7 @@ class Exchange:
         "_response",
         "_response_timeout_s",
         "_started",
+        "_tried",
         "request",
         "route",
         "started_s",
@@ -67,6 +72,8 @@ class Exchange:
         self._keep_alive = False
         self._request_id = client.runtime.next_request_id()
         self._started = False
+        self._tried: list[Server] = []
+        """Servers that failed to answer, of those the request was sent to."""
         response_s = route.config.response_s
         self._response_timeout_s = upstream.timeouts.response_s if response_s is None else response_s
 
@@ -116,6 +123,10 @@ class Exchange:
             self._expect_bytes()
 
     # What the upstream calls.
+
+    def hash_key(self, source: HashConfig) -> bytes:
+        """Return what decides about the server."""
+        return hash_key(self.request, source, self._client.client_address(self.request))
 
     def upstream_ready(self, connection: UpstreamConnection) -> None:
         """Send what there is of the request."""
@@ -279,6 +290,7 @@ class Exchange:
 
     def _complete(self, connection: UpstreamConnection) -> None:
         self._connection = None
+        connection.succeeded()
         reader = self._reader
         if reader.keep_alive and self._request_ended and not reader.buffered_bytes and not connection.write_paused:
             connection.resume_reading()
@@ -290,15 +302,18 @@ class Exchange:
     def _switch_protocols(self, connection: UpstreamConnection) -> None:
         """Leave the connection to a tunnel: what follows is no HTTP."""
         self._connection = None
+        connection.succeeded()
         self._client.protocol_switched(connection, self._reader.take_buffered())
 
     def _retry(self) -> bool:
-        """Send the request again if the server closed a kept-alive connection before it can have seen it."""
+        """Send the request again if nothing of a response has come and it may be sent twice.
+
+        A kept-alive connection that is closed tells nothing of its server; otherwise it is another server's turn.
+        """
         connection = self._connection
         request = self.request
         if (
             connection is None
-            or not connection.reused
             or self._response is not None
             or self._interim_responses
             or self._reader.buffered_bytes
@@ -306,15 +321,22 @@ class Exchange:
             or request.method not in _IDEMPOTENT
         ):
             return False
+        if not connection.reused:
+            tried = [*self._tried, connection.server]
+            if len(tried) > self.upstream.retries or not self.upstream.has_others(tried):
+                return False
+            self._tried = tried
+            connection.failed()
         connection.abort()
         self._connection = None
         metrics = self.upstream.metrics
         metrics.values[metrics.retries] += 1.0
-        self.upstream.acquire(self, fresh=True)
+        self.upstream.acquire(self, fresh=True, tried=self._tried)
         return True
 
     def _fail(self, error: UpstreamError) -> None:
         if self._connection is not None:
+            self._connection.failed()
             self._connection.abort()
             self._connection = None
         self.upstream.metrics.count_error(error.reason)

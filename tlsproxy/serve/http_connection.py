@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from tlsproxy.errors import HttpError, UpstreamError
 from tlsproxy.http.codec import RequestHead, RequestReader
+from tlsproxy.http.forwarding import client_address
 from tlsproxy.http.replies import own_reply, redirect_reply
 from tlsproxy.http.routing import Route, redirect_location
 from tlsproxy.serve.client import ClientConnection, PauseReason, Phase
 from tlsproxy.serve.exchange import Exchange
 from tlsproxy.serve.tunnel import Tunnel
-from tlsproxy.serve.upstream import UpstreamConnection
+from tlsproxy.serve.upstream_connection import UpstreamConnection
 
 if TYPE_CHECKING:
     from tlsproxy.serve.listener import ListenerRuntime
@@ -24,6 +25,8 @@ PIPELINED_BYTES = 64 * 1024
 """What is read ahead while a response is under way. Reading on is how a client that leaves is noticed."""
 STEPS_PER_TURN = 16
 """Requests answered by the proxy itself, or parts of a body in tiny chunks, before other connections get their turn."""
+DRAIN_IDLE_S = 2.0
+"""How long a connection without a request is kept once the proxy drains."""
 
 _log = logging.getLogger("tlsproxy.access")
 
@@ -132,11 +135,20 @@ class HttpConnection(ClientConnection):
             self._tunnel.close()
 
     def drain(self) -> None:
-        """Close, now if idle. A tunnel goes on: only the protocol inside knows when it may end."""
+        """Close after the next response; if idle, soon: a request that is on its way now would be lost.
+
+        A tunnel goes on: only the protocol inside knows when it may end.
+        """
         if self._exchange is None and self._tunnel is None and not self._head_started:
-            self.finish()
+            self.deadline = min(self.deadline, monotonic() + DRAIN_IDLE_S)
 
     # What an exchange calls.
+
+    def client_address(self, request: RequestHead) -> str:
+        """Return where a request came from: the peer's address, or the one a trusted proxy tells."""
+        if self.peer_is_trusted:
+            return client_address(request, self.client_ip, self.runtime.is_trusted)
+        return self.client_ip
 
     def accept_body(self, accept: bool) -> None:
         """Read on, or no further for now: the upstream can take more of the request's body, or can't."""

@@ -10,9 +10,11 @@ import math
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from tlsproxy.config import HashConfig
 from tlsproxy.errors import UpstreamError
 from tlsproxy.serve.client import ClientConnection, PauseReason
-from tlsproxy.serve.upstream import Upstream, UpstreamConnection
+from tlsproxy.serve.upstream import Upstream
+from tlsproxy.serve.upstream_connection import UpstreamConnection
 
 if TYPE_CHECKING:
     from tlsproxy.serve.listener import ListenerRuntime
@@ -78,6 +80,10 @@ class Tunnel:
             client.finish()
 
     # What the upstream calls.
+
+    def hash_key(self, source: HashConfig) -> bytes:  # noqa: ARG002 - of the bytes inside nothing is known
+        """Return what decides about the server: the client's address."""
+        return self._client.client_ip.encode("ascii")
 
     def upstream_ready(self, connection: UpstreamConnection) -> None:
         """Begin to pass bytes."""

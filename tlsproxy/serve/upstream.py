@@ -1,171 +1,35 @@
-"""Connections to the servers behind: chosen, opened, kept for the next request.
+"""The servers behind: one is chosen for each request, and connections to it are opened, lent and kept.
 
-An `Upstream` gives its connections to owners (`UpstreamOwner`: an HTTP exchange or a tunnel) and tells them what
-happens there. Nothing here knows what the bytes mean.
+An `Upstream` gives its connections to owners (`UpstreamOwner`: an HTTP exchange or a tunnel). Everything here belongs
+to one process: limits, health and ejections are not shared with the others.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from time import monotonic
-from typing import Protocol, cast
+from typing import NamedTuple
 
-from tlsproxy.config import Address, Balance, UpstreamConfig
+from tlsproxy.config import Address, Balance, ServerConfig, UpstreamConfig
 from tlsproxy.errors import UpstreamError
 from tlsproxy.serve.counting import UpstreamMetrics
+from tlsproxy.serve.dialing import Dialer
+from tlsproxy.serve.health import HealthChecker
+from tlsproxy.serve.resolving import Resolver
+from tlsproxy.serve.servers import Server, make_balancer
+from tlsproxy.serve.upstream_connection import UpstreamConnection, UpstreamOwner
 
-WRITE_BUFFER_BYTES = 64 * 1024
-"""A transport that holds more than this is full: whoever fills it is paused."""
-
-
-class UpstreamOwner(Protocol):
-    """Whoever uses an upstream connection at the moment."""
-
-    def upstream_ready(self, connection: UpstreamConnection) -> None:
-        """Take over the connection asked for."""
-
-    def upstream_failed(self, error: UpstreamError) -> None:
-        """No server could be reached."""
-
-    def upstream_data(self, data: bytes) -> None:
-        """Bytes from the server."""
-
-    def upstream_eof(self) -> bool:
-        """The server will send no more. True keeps the connection for writing."""
-
-    def upstream_lost(self, error: Exception | None) -> None:
-        """The connection has ended; `error` (TimeoutError: its `deadline` has passed) unless it was closed in order."""
-
-    def upstream_writable(self, writable: bool) -> None:
-        """The connection can take more bytes, or can't for now."""
+_log = logging.getLogger("tlsproxy.upstream")
 
 
-class Server:
-    """One server of an upstream, with its idle connections (the last used is taken first)."""
+class _Waiting(NamedTuple):
+    """An owner in the queue for a connection."""
 
-    __slots__ = ("address", "authority", "idle", "in_use")
-
-    def __init__(self, address: Address) -> None:
-        self.address = address
-        self.authority = str(address).encode("idna" if not address.host.isascii() else "ascii")
-        self.idle: list[UpstreamConnection] = []
-        self.in_use = 0
-        """Connections that are being opened or have an owner."""
-
-
-class UpstreamConnection(asyncio.Protocol):
-    """One connection to a server. Its owner sets `deadline` (monotonic seconds) as it goes."""
-
-    __slots__ = (
-        "_first_owner",
-        "_transport",
-        "_upstream",
-        "deadline",
-        "owner",
-        "reused",
-        "server",
-        "was_opened",
-        "write_paused",
-    )
-
-    def __init__(self, upstream: Upstream, server: Server, first_owner: UpstreamOwner) -> None:
-        self._upstream = upstream
-        self.server = server
-        self._first_owner: UpstreamOwner | None = first_owner
-        self._transport: asyncio.Transport | None = None
-        self.owner: UpstreamOwner | None = None
-        self.deadline = math.inf
-        self.reused = False
-        """It has carried a request before, so the server may be about to close it."""
-        self.write_paused = False
-        self.was_opened = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Go to the owner that asked for it."""
-        # uvloop's transports are no subclasses of asyncio's.
-        self._transport = cast("asyncio.Transport", transport)
-        self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        self.was_opened = True
-        owner, self._first_owner = self._first_owner, None
-        assert owner is not None
-        self._upstream.connected(self, owner)
-
-    def data_received(self, data: bytes) -> None:
-        """Pass bytes on; a server that speaks unasked loses its connection."""
-        if self.owner is not None:
-            self.owner.upstream_data(data)
-        else:
-            self.abort()
-
-    def eof_received(self) -> bool:
-        """Pass the end of input on."""
-        if self.owner is not None:
-            return self.owner.upstream_eof()
-        self.abort()
-        return False
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """Leave the pool, or tell the owner."""
-        self._transport = None
-        owner = self.owner
-        self._upstream.forget(self)
-        if owner is not None:
-            owner.upstream_lost(error)
-
-    def pause_writing(self) -> None:
-        """The transport is full."""
-        self.write_paused = True
-        if self.owner is not None:
-            self.owner.upstream_writable(False)
-
-    def resume_writing(self) -> None:
-        """The transport has room again."""
-        self.write_paused = False
-        if self.owner is not None:
-            self.owner.upstream_writable(True)
-
-    def write(self, pieces: Sequence[bytes]) -> None:
-        """Send bytes, in one go."""
-        if self._transport is None or self._transport.is_closing():
-            return
-        if len(pieces) == 1:
-            self._transport.write(pieces[0])
-        else:
-            self._transport.writelines(pieces)
-
-    def write_eof(self) -> None:
-        """Send no more."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write_eof()
-
-    def pause_reading(self) -> None:
-        """Stop reading until resumed. Idempotent."""
-        if self._transport is not None and self._transport.is_reading():
-            self._transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        """Read again. Idempotent."""
-        if self._transport is not None and not self._transport.is_closing() and not self._transport.is_reading():
-            self._transport.resume_reading()
-
-    def release(self) -> None:
-        """Give the connection back, for another request."""
-        self._upstream.keep(self)
-
-    def abort(self) -> None:
-        """Close at once; the owner is not told."""
-        self._upstream.forget(self)
-        if self._transport is not None:
-            self._transport.abort()
-
-    def expire(self) -> None:
-        """Close, for the deadline has passed."""
-        owner = self.owner
-        self.abort()
-        if owner is not None:
-            owner.upstream_lost(TimeoutError())
+    deadline_s: float
+    fresh: bool
+    tried: Collection[Server]
 
 
 class Upstream:
@@ -174,29 +38,96 @@ class Upstream:
     def __init__(self, config: UpstreamConfig, metrics: UpstreamMetrics) -> None:
         self.name = config.name
         self.timeouts = config.timeouts
+        self.retries = config.retries
         self.metrics = metrics
         self._config = config
-        self._servers = [Server(server.address) for server in config.servers]
-        self._turn = 0
+        self._dialer = Dialer(config.tls, config.timeouts.connect_s)
+        self._balancer = make_balancer(config.balance)
+        self._hash = config.hash if config.balance is Balance.CONSISTENT_HASH else None
+        self._limited = any(server.max_connections for server in config.servers)
+        self._servers: dict[ServerConfig, list[Server]] = {}
+        """By what is configured; a name stands for none until it is resolved."""
+        self._resolvers: list[Resolver] = []
+        for server in config.servers:
+            self._add(server)
+        self._usable: list[Server] = []
+        """Those that get requests now."""
+        self._next_return_s = 0.0
+        """When the first ejection that counts is over; 0 if there is none."""
         self._open: set[UpstreamConnection] = set()
-        self._connecting: dict[UpstreamOwner, asyncio.Task[None]] = {}
+        self._connecting: dict[UpstreamOwner, asyncio.Task[None] | asyncio.Handle] = {}
+        self._waiting: dict[UpstreamOwner, _Waiting] = {}
+        self._checks: dict[Server, asyncio.Task[None]] = {}
+        self._resolving: list[asyncio.Task[None]] = []
+        self._started = False
+        self._review()
 
-    def acquire(self, owner: UpstreamOwner, *, fresh: bool = False) -> None:
+    def _add(self, server: ServerConfig) -> None:
+        address = server.address
+        if isinstance(address, Address) and not address.is_ip:
+            self._servers[server] = []
+            interval_s = self._config.resolve_interval_s
+            self._resolvers.append(
+                Resolver(address, interval_s, lambda found: self._resolved(server, found), self.name)
+            )
+        else:
+            self._servers[server] = [Server(server, address)]
+
+    # Its life.
+
+    async def start(self) -> None:
+        """Resolve names for the first time, and begin with what goes on in the background."""
+        self._started = True
+        if self._resolvers:
+            self._resolving = [asyncio.create_task(resolver.resolve()) for resolver in self._resolvers]
+            await asyncio.wait(self._resolving, timeout=self.timeouts.connect_s)
+            self._resolving += [asyncio.create_task(resolver.run()) for resolver in self._resolvers]
+        self._watch_health()
+
+    def sweep(self, now_s: float) -> None:
+        """Let every deadline that lies before `now_s` take effect."""
+        for connection in [connection for connection in self._open if connection.deadline < now_s]:
+            connection.expire()
+        for owner in [owner for owner, waiting in self._waiting.items() if waiting.deadline_s < now_s]:
+            self._end_waiting(owner)
+            owner.upstream_failed(UpstreamError(503, "queue_timeout"))
+        if self._next_return_s and self._next_return_s <= now_s:
+            self._review()
+
+    def close(self) -> None:
+        """Close what is idle or being opened; connections in use are their owners' affair."""
+        for task in (*self._connecting.values(), *self._checks.values(), *self._resolving):
+            task.cancel()
+        for connection in [connection for connection in self._open if connection.owner is None]:
+            connection.abort()
+
+    # For owners.
+
+    def acquire(self, owner: UpstreamOwner, *, fresh: bool = False, tried: Collection[Server] = ()) -> None:
         """Call `owner.upstream_ready` with a connection, before this returns if one is idle and `fresh` is not asked.
 
-        If no server accepts, `owner.upstream_failed` is called, with 502 or 504.
+        Servers in `tried` are left out. If no server accepts, `owner.upstream_failed` is called, with 502, 503 or 504.
         """
-        servers = self._in_order()
-        server = servers[0]
-        if server.idle and not fresh:
+        try:
+            server = self._choose(owner, tried)
+        except UpstreamError as error:
+            self._fail_soon(owner, error)
+            return
+        if server is None:
+            self._wait(owner, _Waiting(monotonic() + self.timeouts.queue_s, fresh, tried))
+        elif server.idle and not fresh:
             connection = server.idle.pop()
             self.metrics.values[self.metrics.idle] -= 1.0
             server.in_use += 1
             self._hand_over(connection, owner)
         else:
-            task = asyncio.get_running_loop().create_task(self._connect(owner, servers))
-            self._connecting[owner] = task
+            server.in_use += 1
+            self._connecting[owner] = asyncio.get_running_loop().create_task(self._connect(owner, server, tried))
             self.metrics.values[self.metrics.connecting] += 1.0
+
+    def has_others(self, tried: Collection[Server]) -> bool:
+        """Tell whether there is a server left to try."""
+        return any(server not in tried for server in self._usable)
 
     def cancel(self, owner: UpstreamOwner) -> None:
         """Stop opening a connection for `owner`, who will hear no more."""
@@ -204,25 +135,23 @@ class Upstream:
         if task is not None:
             self.metrics.values[self.metrics.connecting] -= 1.0
             task.cancel()
+        elif owner in self._waiting:
+            self._end_waiting(owner)
 
-    def sweep(self, now_s: float) -> None:
-        """Let every deadline that lies before `now_s` take effect."""
-        for connection in [connection for connection in self._open if connection.deadline < now_s]:
-            connection.expire()
+    # For connections.
 
-    def close(self) -> None:
-        """Close what is idle or being opened; connections in use are their owners' affair."""
-        for task in self._connecting.values():
-            task.cancel()
-        for connection in [connection for connection in self._open if connection.owner is None]:
-            connection.abort()
+    def connected(self, connection: UpstreamConnection, owner: UpstreamOwner) -> None:
+        """Hand a connection just opened over, before anything the server says can arrive."""
+        self._end_connecting(owner)
+        self._open.add(connection)
+        self._hand_over(connection, owner)
 
     def keep(self, connection: UpstreamConnection) -> None:
         """Take a connection back into the pool, or close it if enough are kept."""
         server = connection.server
         if connection not in self._open:
             return
-        if len(server.idle) >= self._config.keepalive:
+        if len(server.idle) >= self._config.keepalive or server not in self._servers[server.config]:
             connection.abort()
             return
         connection.owner = None
@@ -233,6 +162,8 @@ class Upstream:
         values = self.metrics.values
         values[self.metrics.active] -= 1.0
         values[self.metrics.idle] += 1.0
+        if self._waiting:
+            self._serve_waiting()
 
     def forget(self, connection: UpstreamConnection) -> None:
         """Take a connection that ends off the books. Idempotent."""
@@ -243,62 +174,162 @@ class Upstream:
             connection.owner = None
             connection.server.in_use -= 1
             self.metrics.values[self.metrics.active] -= 1.0
+            if self._waiting:
+                asyncio.get_running_loop().call_soon(self._serve_waiting)
         else:
             connection.server.idle.remove(connection)
             self.metrics.values[self.metrics.idle] -= 1.0
 
-    def _in_order(self) -> list[Server]:
-        """Return the servers, the one to try first at the front."""
-        servers = self._servers
+    def server_failed(self, server: Server) -> None:
+        """Count a request that `server` failed to answer; too many in a row eject it."""
+        if server.failed(self._config.ejection, monotonic()):
+            name = str(server.address)
+            _log.warning("server ejected", extra={"upstream": self.name, "server": name, "failures": server.failures})
+            self.metrics.count_ejection(str(server.config.address))
+            self._review()
+
+    # Choosing.
+
+    def _choose(self, owner: UpstreamOwner, tried: Collection[Server]) -> Server | None:
+        """Return the server to use, or None while all have as many connections as they may. Raises UpstreamError."""
+        servers = self._usable
+        if tried:
+            servers = [server for server in servers if server not in tried]
+        if not servers:
+            raise UpstreamError(503, "no_server")
+        if self._limited:
+            servers = [server for server in servers if server.has_room]
+            if not servers:
+                return None
         if len(servers) == 1:
-            return servers
-        self._turn = (self._turn + 1) % len(servers)
-        rotated = servers[self._turn :] + servers[: self._turn]
-        if self._config.balance is Balance.LEAST_CONNECTIONS:
-            rotated.sort(key=lambda server: server.in_use)
-        return rotated
+            return servers[0]
+        return self._balancer.pick(servers, b"" if self._hash is None else owner.hash_key(self._hash))
+
+    def _review(self) -> None:
+        """Find out again which servers get requests, after something about them has changed."""
+        now_s = monotonic()
+        healthy = [server for servers in self._servers.values() for server in servers if server.healthy]
+        # Ejection is a guess. With nothing else left, ejected servers are better than none.
+        self._usable = [server for server in healthy if server.ejected_until_s <= now_s] or healthy
+        self._next_return_s = min((s.ejected_until_s for s in healthy if s.ejected_until_s > now_s), default=0.0)
+        for config, servers in self._servers.items():
+            up = any(server.healthy and server.ejected_until_s <= now_s for server in servers)
+            self.metrics.set_server_up(str(config.address), up)
+        if self._waiting:
+            self._serve_waiting()
+
+    # Waiting.
+
+    def _wait(self, owner: UpstreamOwner, waiting: _Waiting) -> None:
+        if len(self._waiting) >= self._config.queue:
+            self._fail_soon(owner, UpstreamError(503, "queue_full"))
+            return
+        self._waiting[owner] = waiting
+        self.metrics.values[self.metrics.waiting] += 1.0
+
+    def _end_waiting(self, owner: UpstreamOwner) -> _Waiting:
+        self.metrics.values[self.metrics.waiting] -= 1.0
+        return self._waiting.pop(owner)
+
+    def _serve_waiting(self) -> None:
+        """Give those who have waited longest what has become free."""
+        while any(server.has_room for server in self._usable):
+            owner = next((owner for owner, waiting in self._waiting.items() if self._has_room_for(waiting)), None)
+            if owner is None:
+                return
+            waiting = self._end_waiting(owner)
+            self.acquire(owner, fresh=waiting.fresh, tried=waiting.tried)
+
+    def _has_room_for(self, waiting: _Waiting) -> bool:
+        return any(server.has_room and server not in waiting.tried for server in self._usable)
+
+    # Opening.
 
     def _hand_over(self, connection: UpstreamConnection, owner: UpstreamOwner) -> None:
         connection.owner = owner
         self.metrics.values[self.metrics.active] += 1.0
         owner.upstream_ready(connection)
 
-    def connected(self, connection: UpstreamConnection, owner: UpstreamOwner) -> None:
-        """Hand a connection just opened over, before anything the server says can arrive."""
-        self._end_connecting(owner)
-        self._open.add(connection)
-        self._hand_over(connection, owner)
-
-    async def _connect(self, owner: UpstreamOwner, servers: Sequence[Server]) -> None:
-        """Open a connection to the first server that accepts; nothing has been sent, so trying the next is safe."""
-        error: UpstreamError | None = None
-        for server in servers:
+    async def _connect(self, owner: UpstreamOwner, server: Server, tried: Collection[Server]) -> None:
+        """Open a connection to `server`, or to another: nothing has been sent, so trying the next is safe."""
+        tried = set(tried)
+        while True:
             error = await self._connect_to(server, owner)
             if error is None:
                 return
-        assert error is not None
-        self._end_connecting(owner)
-        owner.upstream_failed(error)
+            self.server_failed(server)
+            tried.add(server)
+            try:
+                other = self._choose(owner, tried)
+            except UpstreamError:
+                other = None
+            if other is None:
+                break
+            server = other
+            server.in_use += 1
+        self._fail(owner, error)
 
     async def _connect_to(self, server: Server, owner: UpstreamOwner) -> UpstreamError | None:
         """Open a connection; it goes to its owner by itself. Return what went wrong."""
         connection = UpstreamConnection(self, server, owner)
-        server.in_use += 1
-        opening = asyncio.get_running_loop().create_connection(
-            lambda: connection, server.address.host, server.address.port
-        )
-        error = UpstreamError(502, "connect_failed")
         try:
-            await asyncio.wait_for(opening, self.timeouts.connect_s)
-        except asyncio.TimeoutError:
-            error = UpstreamError(504, "connect_timeout")
-        except OSError:
-            pass
+            await self._dialer.open(lambda: connection, server)
+        except UpstreamError as error:
+            return None if connection.was_opened else error
         finally:
             if not connection.was_opened:
                 server.in_use -= 1
-        return None if connection.was_opened else error
+                if self._waiting:
+                    asyncio.get_running_loop().call_soon(self._serve_waiting)
+        return None
+
+    def _fail_soon(self, owner: UpstreamOwner, error: UpstreamError) -> None:
+        """Tell `owner`, once it has left off asking."""
+        self._connecting[owner] = asyncio.get_running_loop().call_soon(self._fail, owner, error)
+        self.metrics.values[self.metrics.connecting] += 1.0
+
+    def _fail(self, owner: UpstreamOwner, error: UpstreamError) -> None:
+        self._end_connecting(owner)
+        owner.upstream_failed(error)
 
     def _end_connecting(self, owner: UpstreamOwner) -> None:
         del self._connecting[owner]
         self.metrics.values[self.metrics.connecting] -= 1.0
+
+    # Names and health.
+
+    def _resolved(self, config: ServerConfig, addresses: Sequence[Address]) -> None:
+        """Take the addresses a name has now: those that stay keep their connections and their state."""
+        known = {server.address: server for server in self._servers[config]}
+        self._servers[config] = [known.get(address) or Server(config, address) for address in addresses]
+        for server in set(known.values()).difference(self._servers[config]):
+            for connection in list(server.idle):
+                connection.abort()
+        _log.info(
+            "name resolved",
+            extra={"upstream": self.name, "server": str(config.address), "addresses": [str(a) for a in addresses]},
+        )
+        self._watch_health()
+        self._review()
+
+    def _watch_health(self) -> None:
+        """Check just those servers that there are."""
+        health = self._config.health
+        if health is None or not self._started:
+            return
+        servers = {server for servers in self._servers.values() for server in servers}
+        for server in self._checks.keys() - servers:
+            self._checks.pop(server).cancel()
+        for server in servers - self._checks.keys():
+            checker = HealthChecker(health, self._dialer, server, self._health_changed)
+            self._checks[server] = asyncio.get_running_loop().create_task(checker.run())
+
+    def _health_changed(self, server: Server) -> None:
+        extra = {"upstream": self.name, "server": str(server.address)}
+        if server.healthy:
+            server.failures = 0
+            server.ejected_until_s = 0.0
+            _log.info("server is back", extra=extra)
+        else:
+            _log.warning("server is down", extra=extra)
+        self._review()

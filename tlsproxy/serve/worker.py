@@ -103,6 +103,7 @@ class Worker:
             await asyncio.wait_for(self._reach_tokens(), _TOKENS_TIMEOUT_S)
         except asyncio.TimeoutError:
             _logger.warning("serving with tokens away", extra={"tokens_up": sorted(self.pool.tokens_up())})
+        await asyncio.gather(*(upstream.start() for upstream in self._upstreams.values()))
         loop = asyncio.get_running_loop()
         for runtime, fd in zip(self._listeners, self._spec.listener_fds, strict=True):
             runtime.start()

@@ -200,7 +200,7 @@ async def test_the_server_with_fewer_requests_under_way_is_asked() -> None:
     async with (
         backend(slow) as one,
         backend(always(ok(b"fast"))) as two,
-        data_plane([one.port, two.port], balance=Balance.LEAST_CONNECTIONS) as proxy,
+        data_plane([one.port, two.port], upstream={"balance": Balance.LEAST_CONNECTIONS}) as proxy,
     ):
         first, second = await proxy.connect(), await proxy.connect()
 
@@ -226,7 +226,7 @@ async def test_no_more_connections_are_kept_than_configured() -> None:
             await connection.send(ok())
 
     waiting = asyncio.Event()
-    async with backend(slow) as app, data_plane(app.port, keepalive=1) as proxy:
+    async with backend(slow) as app, data_plane(app.port, upstream={"keepalive": 1}) as proxy:
         clients = [await proxy.connect() for _ in range(3)]
         requests = [asyncio.create_task(client.request(GET)) for client in clients]
         await until(lambda: app.received.count(b"GET") == 3)

@@ -206,7 +206,7 @@ MISTAKES = [
         "address: 127.0.0.1:8000",
         "address: http://127.0.0.1:8000",
         "11:37: upstreams[0].servers[0].address:",
-        "expected host:port, such as 127.0.0.1:8000; got 'http://127.0.0.1:8000'",
+        "expected host:port, such as 127.0.0.1:8000, or unix:/PATH; got 'http://127.0.0.1:8000'",
     ),
     (
         "certificates: [www]",

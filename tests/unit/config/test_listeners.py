@@ -7,7 +7,6 @@ import pytest
 from tests.unit.config.test_config_yaml import MINIMAL, parse, problems
 from tlsproxy.config import HeaderRules, HstsConfig, RedirectConfig
 
-
 LISTENER = "    certificates: [www]\n    routes: [{upstream: app}]\n"
 
 
