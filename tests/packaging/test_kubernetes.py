@@ -23,8 +23,8 @@ KUSTOMIZATION = yaml.safe_load((DIRECTORY / "kustomization.yaml").read_text())
 SELECTOR = {"app.kubernetes.io/name": "tlsproxy"}
 
 
-# Not the Prometheus operator's own schema, but what its API reference (monitoring.coreos.com/v1) says of the fields used
-# here. Any other field fails.
+# Not the Prometheus operator's own schema, but what its API reference (monitoring.coreos.com/v1) says of the fields
+# used here. Any other field fails.
 SERVICE_MONITOR = {
     "type": "object",
     "required": ["apiVersion", "kind", "metadata", "spec"],
