@@ -7,6 +7,7 @@ command line, and takes the closing of that pair as the death of its parent.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import os
@@ -14,7 +15,7 @@ import re
 import socket
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -90,24 +91,32 @@ class WorkerGroup:
         *,
         log_level: LogLevel = "info",
         log_format: LogFormat = "text",
+        hang_timeout_s: float = 10.0,
     ) -> None:
         """Make the sockets, in `directory` (made with mode 0700 if it is not there). Workers log to stderr.
+
+        A worker that is ready and then gives no sign of life for `hang_timeout_s` is killed and replaced.
 
         Raises TokenConfigError, and OSError when a socket cannot be made.
         """
         if not _NAME.fullmatch(token.name):
             raise TokenConfigError(f"token name {token.name!r}: expected letters, digits and ._- (at most 64)")
-        _make_private(directory)
+        make_private(directory)
         self.token = token
         self._paths = [os.path.join(directory, f"{token.name}-{n}.sock") for n in range(token.workers)]
         self._listeners = [_listen(path) for path in self._paths]
-        self.metric_fds = tuple(create_store() for _ in self._paths)
+        self.metric_fds: tuple[int, ...] = tuple(create_store() for _ in self._paths)
         """The workers' MetricStores: they last as long as the group, whatever happens to a worker."""
         fields = _spec_fields(token) | {"log_level": log_level, "log_format": log_format}
         self._workers = [
-            WorkerProcess(fields | {"listen_fd": listener.fileno(), "metrics_fd": metrics_fd})
+            WorkerProcess(
+                fields | {"listen_fd": listener.fileno(), "metrics_fd": metrics_fd},
+                lambda: self.failure,
+                hang_timeout_s,
+            )
             for listener, metrics_fd in zip(self._listeners, self.metric_fds, strict=True)
         ]
+        self._starting: asyncio.Task[None] | None = None
 
     @property
     def endpoints(self) -> TokenEndpoints:
@@ -125,13 +134,33 @@ class WorkerGroup:
         return max(self._workers, key=lambda worker: worker.ready_at_s).keys
 
     @property
+    def was_ready(self) -> bool:
+        """A worker has opened the token at some time: `keys` says what is in it."""
+        return any(worker.ready_at_s for worker in self._workers)
+
+    @property
     def failure(self) -> str | None:
         """Why a worker failed for good and is not started again, in its own words; None while none has."""
         return next((worker.failure for worker in self._workers if worker.failure is not None), None)
 
+    @property
+    def last_error(self) -> str:
+        """Why the first worker is not ready, while it is not."""
+        return self._workers[0].last_error
+
     def start(self) -> None:
-        """Start the workers; return at once."""
-        for worker in self._workers:
+        """Start the workers; return at once.
+
+        The first is alone until it has opened the token: had each tried a PIN that is refused, a token that counts
+        failures would lock itself.
+        """
+        self._starting = asyncio.get_running_loop().create_task(self._start_in_turn())
+
+    async def _start_in_turn(self) -> None:
+        first, *others = self._workers
+        first.start()
+        await first.wait_opened()
+        for worker in others:
             worker.start()
 
     async def wait_ready(self, timeout_s: float) -> None:
@@ -139,11 +168,17 @@ class WorkerGroup:
 
         Raises WorkerFailed when one failed for good, or is not ready in time.
         """
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         for worker in self._workers:
-            await worker.wait_ready(timeout_s)
+            await worker.wait_ready(deadline_s)
 
-    async def stop(self, grace_s: float = 5.0) -> None:
-        """End the workers, with SIGTERM and after `grace_s` with SIGKILL, and take the sockets away."""
+    async def stop(self, grace_s: float = 5.0, absorb: Callable[[int], None] | None = None) -> None:
+        """End the workers, with SIGTERM and after `grace_s` with SIGKILL, and take the sockets away.
+
+        `absorb` is called with each worker's MetricStore before that is closed.
+        """
+        if self._starting is not None:
+            self._starting.cancel()
         for worker in self._workers:
             worker.terminate()
         for worker in self._workers:
@@ -152,7 +187,10 @@ class WorkerGroup:
             listener.close()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-        for fd in self.metric_fds:
+        metric_fds, self.metric_fds = self.metric_fds, ()
+        for fd in metric_fds:
+            if absorb is not None:
+                absorb(fd)
             os.close(fd)
 
 
@@ -184,7 +222,7 @@ def _spec_fields(token: Token) -> dict[str, Any]:
     return {"token": fields.pop("name"), "kind": token.kind, "allowed_uid": os.getuid(), **fields}
 
 
-def _make_private(directory: str) -> None:
+def make_private(directory: str) -> None:
     """Make `directory`, or see that nobody but this user can reach what is in it."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(directory, 0o700)

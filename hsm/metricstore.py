@@ -157,6 +157,13 @@ class MetricStore:
         _expect(family, Kind.HISTOGRAM)
         return Histogram(self.values, self._slot(family, labels), family.buckets)
 
+    def add(self, sample: Sample) -> None:
+        """Add what another store has counted; a gauge, which tells of the present, is left out."""
+        if sample.family.kind is not Kind.GAUGE:
+            first = self._slot(sample.family, sample.labels)
+            for slot, value in enumerate(sample.values, first):
+                self.values[slot] += value
+
     def close(self) -> None:
         """Unmap the store and close its memfd. Any slot or Histogram handed out is dead from then on."""
         self.values.release()

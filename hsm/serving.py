@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import socket
 import struct
 from dataclasses import dataclass
@@ -16,6 +18,26 @@ RECEIVE_BYTES = 32 << 10
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 _log = logging.getLogger(__name__)
+
+
+HEARTBEAT_S = 1.0
+
+
+class Heartbeat:
+    """Tells the parent, on the status descriptor, that the serving loop goes round."""
+
+    def __init__(self, status_fd: int) -> None:
+        self._status_fd = status_fd
+        self._due_ns = 0
+        # A parent that does not read must not stop the worker.
+        os.set_blocking(status_fd, False)
+
+    def beat(self, now_ns: int) -> None:
+        """Give a sign of life if HEARTBEAT_S have passed since the last; `now_ns` is on CLOCK_MONOTONIC."""
+        if now_ns >= self._due_ns:
+            self._due_ns = now_ns + round(HEARTBEAT_S * 1e9)
+            with contextlib.suppress(OSError):
+                os.write(self._status_fd, b'{"state": "alive"}\n')
 
 
 class ClientGoneError(Exception):

@@ -18,8 +18,10 @@ from hsm.backends.base import Backend
 from hsm.messages import Hello, ProtocolError, SignRequest, encode_hello
 from hsm.metricstore import MetricStore
 from hsm.serving import (
+    HEARTBEAT_S,
     MAX_CLIENTS,
     ClientGoneError,
+    Heartbeat,
     Peer,
     accept_client,
     receive_requests,
@@ -65,6 +67,7 @@ class _Server:
         self._window = spec.max_in_flight
         self._hello = encode_hello(Hello(spec.token, os.getpid(), self._window, backend.keys))
         self._allowed_uids = frozenset((spec.allowed_uid, os.geteuid()))
+        self._heartbeat = Heartbeat(spec.status_fd)
         self._listener = listener
         self._stop_fds = frozenset(stop_fds)
         self._clients: dict[int, _Client] = {}
@@ -78,9 +81,10 @@ class _Server:
             self._epoll.register(fd, select.EPOLLIN)
         with self._epoll:
             while not self._stopping:
-                for fd, _ in self._epoll.poll(0 if self._busy else None):
+                for fd, _ in self._epoll.poll(0 if self._busy else HEARTBEAT_S):
                     self._on_ready(fd)
                 self._serve_busy()
+                self._heartbeat.beat(monotonic_ns())
         while self._busy:
             self._serve_busy()
         for client in self._clients.values():

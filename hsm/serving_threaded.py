@@ -23,7 +23,16 @@ from hsm.backends.base import Backend, Signer
 from hsm.errors import PinRefused, TokenError
 from hsm.messages import Hello, ProtocolError, SignRequest, Status, encode_hello
 from hsm.metricstore import MetricStore
-from hsm.serving import MAX_CLIENTS, ClientGoneError, Peer, accept_client, receive_requests, send_whole
+from hsm.serving import (
+    HEARTBEAT_S,
+    MAX_CLIENTS,
+    ClientGoneError,
+    Heartbeat,
+    Peer,
+    accept_client,
+    receive_requests,
+    send_whole,
+)
 from hsm.signing import RequestHandler, encode_outcome
 from hsm.workerspec import WorkerSpec
 
@@ -108,6 +117,7 @@ class _Server:
         self._window = min(spec.max_in_flight, _IN_HAND_PER_SIGNER * len(self._threads))
         self._hello = encode_hello(Hello(spec.token, os.getpid(), self._window, backend.keys))
         self._allowed_uids = frozenset((spec.allowed_uid, os.geteuid()))
+        self._heartbeat = Heartbeat(spec.status_fd)
         self._listener = listener
         self._stop_fds = frozenset(stop_fds)
         self._stopping = False
@@ -129,11 +139,12 @@ class _Server:
             thread.start()
         next_check_ns = 0
         while not (self._stopping and self._in_hand == 0):
-            for fd, _ in self._epoll.poll(_TICK_NS / 1e9 if self._in_hand else None):
+            for fd, _ in self._epoll.poll(_TICK_NS / 1e9 if self._in_hand else HEARTBEAT_S):
                 self._on_ready(fd)
             if self._failure is not None:
                 raise self._failure
             now_ns = monotonic_ns()
+            self._heartbeat.beat(now_ns)
             if now_ns >= next_check_ns:
                 next_check_ns = now_ns + _TICK_NS
                 self._check_health(now_ns)

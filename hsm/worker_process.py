@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,27 @@ _log = logging.getLogger(__name__)
 class WorkerProcess:
     """A place for one worker: at most one process at a time, a new one whenever one ends, until stopped.
 
-    A worker that says its failure is permanent (the PIN was refused, the token's file is damaged) is not started again:
-    tried often enough, a wrong PIN locks a real token.
+    A worker that says its failure is permanent (the PIN was refused, the token's file is damaged) is not started again,
+    nor is any other of the token: tried often enough, a wrong PIN locks a real token. One that was ready and gives no
+    sign of life is killed.
     """
 
-    def __init__(self, spec_fields: Mapping[str, Any]) -> None:
-        """`spec_fields` are those of a WorkerSpec, less `status_fd`, which each process gets anew."""
+    def __init__(
+        self, spec_fields: Mapping[str, Any], token_failure: Callable[[], str | None], hang_timeout_s: float
+    ) -> None:
+        """`spec_fields` are those of a WorkerSpec, less `status_fd`, which each process gets anew.
+
+        `token_failure` tells of a permanent failure of any of the token's workers.
+        """
         self._spec_fields = spec_fields
+        self._token_failure = token_failure
+        self._hang_timeout_s = hang_timeout_s
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._is_ready = False
-        self._last_error = "it has not opened the token yet"
+        self.last_error = "it has not opened the token yet"
+        """Why it is not ready, while it is not."""
         self._has_reported_error = False
         self._stopping = asyncio.Event()
         self.keys: tuple[KeyInfo, ...] = ()
@@ -62,21 +71,29 @@ class WorkerProcess:
         """Start the process and keep one running."""
         self._task = asyncio.get_running_loop().create_task(self._keep_running())
 
-    async def wait_ready(self, timeout_s: float) -> None:
-        """Wait until a process has opened the token. Raises WorkerFailed."""
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + timeout_s
+    async def wait_ready(self, deadline_s: float) -> None:
+        """Wait until a process has opened the token, at most until `deadline_s` of the loop's clock.
+
+        Raises WorkerFailed.
+        """
+        started_s = asyncio.get_running_loop().time()
         while not self._is_ready:
             if self.failure is not None:
                 raise WorkerFailed(self.failure)
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), deadline_s - loop.time())
+                await asyncio.wait_for(self._changed.wait(), deadline_s - asyncio.get_running_loop().time())
             except asyncio.TimeoutError:
+                token, waited_s = self._spec_fields["token"], deadline_s - started_s
                 raise WorkerFailed(
-                    f"token {self._spec_fields['token']}: its worker is not ready after {timeout_s:g} s: "
-                    f"{self._last_error}"
+                    f"token {token}: its worker is not ready after {waited_s:.3g} s: {self.last_error}"
                 ) from None
+
+    async def wait_opened(self) -> None:
+        """Wait until a process has opened the token, for as long as it takes, or one has failed for good."""
+        while not self._is_ready and self.failure is None:
+            self._changed.clear()
+            await self._changed.wait()
 
     def terminate(self) -> None:
         """Ask the process to end after what it has in hand, and start no other."""
@@ -91,21 +108,26 @@ class WorkerProcess:
             return
         await asyncio.wait([self._task], timeout=grace_s)
         if not self._task.done():
-            if self._process is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    self._process.kill()
+            self._kill()
             await self._task
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
 
     async def _keep_running(self) -> None:
         loop = asyncio.get_running_loop()
         delay_s = _MIN_DELAY_S
         while not self._stopping.is_set():
+            self.failure = self._token_failure()
+            if self.failure is not None:
+                self._changed.set()
+                return
             last_ready_s = self.ready_at_s
             await self._run_once()
             self._is_ready = False
             self._changed.set()
-            if self.failure is not None:
-                return
             if self.ready_at_s > last_ready_s and loop.time() - self.ready_at_s > _HEALTHY_S:
                 delay_s = _MIN_DELAY_S
             with contextlib.suppress(asyncio.TimeoutError):
@@ -122,8 +144,8 @@ class WorkerProcess:
                 spec = WorkerSpec(**self._spec_fields, status_fd=status_writer)
                 self._process = await self._spawn(spec, child_end.fileno())
             except OSError as error:
-                self._last_error = f"it cannot be started: {error.strerror}"
-                _log.error("token %s: worker: %s", spec.token, self._last_error)
+                self.last_error = f"it cannot be started: {error.strerror}"
+                _log.error("token %s: worker: %s", spec.token, self.last_error)
                 return
             finally:
                 child_end.close()
@@ -160,10 +182,14 @@ class WorkerProcess:
             lambda: asyncio.StreamReaderProtocol(reader), statuses
         )
         try:
-            while line := await reader.readline():
+            while line := await asyncio.wait_for(reader.readline(), self._hang_timeout_s if self._is_ready else None):
                 self._take_status(json.loads(line))
+        except asyncio.TimeoutError:
+            self._take_error(f"it gave no sign of life for {self._hang_timeout_s:g} s")
+            self._kill()
         except (ValueError, KeyError, TypeError, RecursionError):
             self._take_error("it reported something other than its status")
+            self._kill()
         finally:
             transport.close()
 
@@ -173,22 +199,25 @@ class WorkerProcess:
             self.ready_at_s = asyncio.get_running_loop().time()
             self._is_ready = True
             self._changed.set()
-        else:
+        elif status["state"] == "failed":
             self._take_error(str(status["error"]))
             if status["permanent"]:
-                self.failure = self._last_error
+                self.failure = self.last_error
+        elif status["state"] != "alive":
+            raise ValueError
 
     def _take_error(self, message: str) -> None:
-        self._last_error = message
+        self.last_error = message
         self._has_reported_error = True
 
     def _report_end(self, token: str, pid: int, code: int) -> None:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if not self._has_reported_error:
-            self._last_error = f"it ended with {how}"
+            self.last_error = f"it ended with {how}"
         if self._stopping.is_set():
             _log.info("token %s: worker %d ended with %s", token, pid, how)
         elif self.failure is not None:
             _log.error("token %s: worker %d failed for good: %s", token, pid, self.failure)
         else:
-            _log.warning("token %s: worker %d ended with %s; another is started", token, pid, how)
+            why = f": {self.last_error}" if self._has_reported_error else ""
+            _log.warning("token %s: worker %d ended with %s%s; another is started", token, pid, how, why)

@@ -1,4 +1,4 @@
-"""The command line: `tlsproxy run | check | demo`.
+"""The command line: `tlsproxy run | check | demo | reload | drain`.
 
 Exit codes: 0 fine, 1 it could not run, 2 bad usage or configuration. Every error is one line on stderr.
 """
@@ -19,9 +19,11 @@ from hsm import logs
 from hsm.errors import HsmError
 from hsm.messages import KeyType
 from tlsproxy import demo
-from tlsproxy.config_yaml import load_config
+from tlsproxy.config_yaml import load_config, load_runtime_dir
 from tlsproxy.errors import ConfigError, StartupError
+from tlsproxy.serve.command_socket import send_command
 from tlsproxy.serve.materials import check_tokens, load_materials
+from tlsproxy.serve.runtime_directory import COMMAND_SOCKET
 from tlsproxy.serve.supervisor import Supervisor
 
 
@@ -59,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("config", metavar="FILE", help="the configuration, YAML")
     check.set_defaults(command=_check)
 
+    for name, what in (("reload", "load its configuration anew"), ("drain", "let its connections finish and end")):
+        command = commands.add_parser(name, help=f"tell the running proxy to {what}")
+        _add_target(command)
+        command.set_defaults(command=_operate, operation=name)
+
     show = commands.add_parser("demo", help="run a complete demo on this machine until Ctrl-C")
     show.add_argument("--dir", type=Path, default=Path(".demo"), help="where its state lives (default: %(default)s)")
     show.add_argument("--port", type=_port, default=8443, help="HTTPS, on 127.0.0.1 (default: %(default)s)")
@@ -79,8 +86,23 @@ def _run(options: argparse.Namespace) -> int:
     config = load_config(options.config)
     materials = load_materials(config)
     logs.configure(config.log.level.value, config.log.format.value, "supervisor")
-    uvloop.run(Supervisor(config, materials).run())
+    uvloop.run(Supervisor(options.config, config, materials).run())
     return 0
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    """Which running proxy: one that another configuration file may be broken for by now."""
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--config", metavar="FILE", help="the configuration it was started with")
+    target.add_argument("--runtime-dir", type=Path, metavar="DIR", help="its runtime_dir, as the configuration says")
+
+
+def _operate(options: argparse.Namespace) -> int:
+    directory = options.runtime_dir or load_runtime_dir(options.config)
+    answer = send_command(directory / COMMAND_SOCKET, options.operation)
+    for error in answer.get("errors", ()):
+        print(error, file=sys.stderr)
+    return int(answer.get("exit_code", 0))
 
 
 def _check(options: argparse.Namespace) -> int:

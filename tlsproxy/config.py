@@ -373,6 +373,8 @@ class Config:
     """Where the sockets between the processes live."""
     drain_timeout_s: float
     """How long connections may take to finish once the proxy is told to end."""
+    hang_timeout_s: float
+    """A worker process that gives no sign of life for so long is killed and replaced."""
     log: LogConfig
     hsm: HsmConfig
     certificates: tuple[CertificateConfig, ...]

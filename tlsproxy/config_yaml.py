@@ -93,6 +93,7 @@ def _config(root: MappingReader, directory: Path) -> Config:
         workers=root.optional("workers", _workers, _cores()),
         runtime_dir=_runtime_dir(root, directory),
         drain_timeout_s=root.optional("drain_timeout", lambda value: value.duration(0.1, 86400), 30.0),
+        hang_timeout_s=root.optional("hang_timeout", lambda value: value.duration(2, 3600), 10.0),
         log=LogConfig(
             level=log.optional("level", lambda value: value.choice(LogLevel), LogLevel.INFO),
             format=log.optional("format", lambda value: value.choice(LogFormat), LogFormat.JSON),

@@ -88,7 +88,8 @@ async def run(settings: DemoSettings) -> None:
         )
         config = load_config(str(config_file))
         logs.configure(config.log.level.value, config.log.format.value, "supervisor")
-        await Supervisor(config, load_materials(config), on_ready=lambda: _announce(settings)).run()
+        supervisor = Supervisor(str(config_file), config, load_materials(config), on_ready=lambda: _announce(settings))
+        await supervisor.run()
 
 
 def _announce(settings: DemoSettings) -> None:

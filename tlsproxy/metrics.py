@@ -147,6 +147,12 @@ WORKERS_READY = Family("tlsproxy_workers_ready", Kind.GAUGE, "Proxy workers that
 WORKER_RESTARTS = Family(
     "tlsproxy_worker_restarts_total", Kind.COUNTER, "Proxy workers started in place of one that had ended."
 )
+CONFIG_RELOADS = Family(
+    "tlsproxy_config_reloads_total",
+    Kind.COUNTER,
+    "Reloads of the configuration or of certificates: success, or failure and the old state serves on.",
+    ("result",),
+)
 BUILD_INFO = Family("tlsproxy_build_info", Kind.GAUGE, "Always 1.", ("version", "python", "openssl"), merge=Merge.MAX)
 
 FAMILIES: Final[Mapping[str, Family]] = {
@@ -174,6 +180,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
         EVENT_LOOP_LAG,
         WORKERS_READY,
         WORKER_RESTARTS,
+        CONFIG_RELOADS,
         BUILD_INFO,
     )
 }

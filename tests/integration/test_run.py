@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import ssl
@@ -138,7 +139,7 @@ async def test_a_request_under_way_is_finished_before_the_end(tmp_path: Path, nu
             assert await request == (200, b"late")
             assert await asyncio.wait_for(proxy.process.wait(), 30) == 0
         assert log_events(proxy.log)[-1]["event"] == "stopped"
-        assert not list((tmp_path / "run").glob("*.sock"))
+        assert not list((tmp_path / "run").rglob("*.sock"))
 
 
 async def refuses(port: int) -> bool:
@@ -198,6 +199,9 @@ def is_running(pid: int) -> bool:
 async def test_runtime_files_are_closed_to_others(tmp_path: Path) -> None:
     make_site(tmp_path, KEYS)
     async with running_proxy(tmp_path, site_config(tmp_path, KEYS, "127.0.0.1:9")):
-        modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "run").iterdir()}
-        assert modes == {"lock": "0o600", "local-0.sock": "0o600"}
+        modes = {
+            re.sub("^hsm-[0-9-]+", "hsm", str(path.relative_to(tmp_path / "run"))): oct(path.stat().st_mode & 0o777)
+            for path in (tmp_path / "run").rglob("*")
+        }
+        assert modes == {"lock": "0o600", "control.sock": "0o600", "hsm": "0o700", "hsm/local-0.sock": "0o600"}
         assert os.stat(tmp_path / "run").st_mode & 0o777 == 0o700

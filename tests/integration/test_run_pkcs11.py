@@ -76,6 +76,7 @@ async def test_a_token_that_is_away_costs_a_warning_while_another_has_the_key(
     raw, faulty = cluster(tmp_path, "127.0.0.1:9")
     faulty["b"].faults.fail(CKR_DEVICE_REMOVED, On.ALL)
     config = load_config(str(write_config(tmp_path, raw)))
+    config.runtime_dir.mkdir(mode=0o700)
     monkeypatch.setattr(tokens, "READY_TIMEOUT_S", 2.0)
     async with TokenGroups(config) as groups:
         await groups.wait_ready(load_materials(config))
@@ -91,6 +92,7 @@ async def test_a_certificate_whose_tokens_are_all_away_keeps_it_from_starting(
     raw["certificates"][1]["tokens"] = ["b"]
     faulty["b"].faults.fail(CKR_DEVICE_REMOVED, On.ALL)
     config = load_config(str(write_config(tmp_path, raw)))
+    config.runtime_dir.mkdir(mode=0o700)
     monkeypatch.setattr(tokens, "READY_TIMEOUT_S", 2.0)
     async with TokenGroups(config) as groups:
         with pytest.raises(StartupError, match=r"'rsa': none of its tokens is ready: .*CKR_DEVICE_REMOVED"):

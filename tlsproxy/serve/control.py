@@ -18,6 +18,7 @@ from tlsproxy.config import Config
 from tlsproxy.tls.context import TicketKey
 
 MAX_STATUS_BYTES = 4096
+HEARTBEAT_S = 1.0
 _LENGTH = struct.Struct("<I")
 
 
@@ -29,8 +30,8 @@ class ProxyWorkerSpec:
     config: Config
     chains: Mapping[str, bytes] = field(repr=False)
     """PEM text by certificate name: read by the supervisor, so that all workers serve the same."""
-    listener_fds: tuple[int, ...]
-    """A listening socket for each of `config.listeners`, inherited."""
+    listener_fds: tuple[tuple[int, ...], ...]
+    """For each of `config.listeners` the listening sockets to accept on, inherited."""
     tokens: tuple[TokenEndpoints, ...]
     metrics_fd: int
     ticket_keys: tuple[TicketKey, ...]
@@ -77,7 +78,9 @@ class State(str, enum.Enum):
     """What a proxy worker says of itself."""
 
     READY = "ready"
-    """It accepts connections."""
+    """It accepts connections. Said again each HEARTBEAT_S, as a sign of life."""
+    DRAINING = "draining"
+    """It accepts no more, lets its connections finish and ends."""
     FAILED = "failed"
     """It cannot serve and ends."""
 

@@ -35,25 +35,33 @@ _logger = logging.getLogger("tlsproxy.supervisor")
 
 
 class ProxyWorker:
-    """One of N workers. Its listening sockets and its metrics live here, so its successor goes on with both."""
+    """One of N workers. Its metrics live here, so its successor goes on with them and with the listening sockets.
+
+    A process that gives no sign of life for `hang_timeout_s` is killed.
+    """
 
     def __init__(
         self,
         index: int,
-        listeners: Sequence[socket.socket],
+        listeners: Sequence[Sequence[socket.socket]],
         make_spec: Callable[[ProxyWorker], ProxyWorkerSpec],
         environment: Mapping[str, str],
         on_restart: Callable[[], None],
+        hang_timeout_s: float,
     ) -> None:
         """`make_spec` is asked at each start, `on_restart` called before each start but the first."""
         self.index = index
         self.listeners = tuple(listeners)
+        """For each listener the sockets the worker accepts on. They are somebody else's to close."""
         self.metrics_fd = create_store()
         self.pid: int | None = None
         self.ready = False
+        self.closed = False
+        """There are no metrics any more."""
         self._make_spec = make_spec
         self._environment = environment
         self._on_restart = on_restart
+        self._hang_timeout_s = hang_timeout_s
         self._first_status: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
         self._stopping = False
         self._process: asyncio.subprocess.Process | None = None
@@ -78,22 +86,21 @@ class ProxyWorker:
         """Let the process finish what is under way, for `timeout_s` at most; start no other."""
         self._stopping = True
         self.ready = False
-        # While any copy of a listening socket is open, clients are taken into its backlog and wait for nobody.
-        for listener in self.listeners:
-            listener.close()
         self.send(Drain(timeout_s))
         if self._process is None:
             self._task.cancel()
         await asyncio.wait([self._task], timeout=timeout_s + _EXIT_GRACE_S)
 
-    async def close(self) -> None:
-        """End the process at once and let go of sockets and metrics."""
+    async def close(self, absorb: Callable[[int], None]) -> None:
+        """End the process at once; `absorb` is called with its metrics before they are closed."""
+        if self.closed:
+            return
         self._stopping = True
         self._task.cancel()
         await asyncio.wait([self._task])
-        for listener in self.listeners:
-            listener.close()
+        absorb(self.metrics_fd)
         os.close(self.metrics_fd)
+        self.closed = True
 
     async def _keep_running(self) -> None:
         backoff_s = _FIRST_BACKOFF_S
@@ -113,13 +120,14 @@ class ProxyWorker:
     async def _run_once(self) -> None:
         """Run one process to its end. On cancellation it is killed."""
         ours, theirs = socket.socketpair()
+        listener_fds = [sock.fileno() for sockets in self.listeners for sock in sockets]
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 "tlsproxy.serve.worker",
                 str(theirs.fileno()),
-                pass_fds=[theirs.fileno(), self.metrics_fd, *(listener.fileno() for listener in self.listeners)],
+                pass_fds=[theirs.fileno(), self.metrics_fd, *listener_fds],
                 stdin=asyncio.subprocess.DEVNULL,
                 env=self._environment,
             )
@@ -148,7 +156,7 @@ class ProxyWorker:
     async def _listen(self, reader: asyncio.StreamReader, process: asyncio.subprocess.Process) -> None:
         """Take the worker's word. One that doesn't keep to the protocol is not to be trusted with clients either."""
         try:
-            while line := await reader.readline():
+            while line := await self._read_line(reader):
                 status = Status.from_line(line)
                 self.ready = status.state is State.READY and not self._stopping
                 if status.state is State.FAILED:
@@ -157,10 +165,18 @@ class ProxyWorker:
                     self._first_status.set_result(status)
         except ConnectionError:
             return
+        except asyncio.TimeoutError:
+            _logger.error("proxy worker hangs", extra={"worker": self.index, "timeout_s": self._hang_timeout_s})
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
         except ValueError as error:
             _logger.error("proxy worker broke the protocol", extra={"worker": self.index, "error": str(error)})
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
+
+    async def _read_line(self, reader: asyncio.StreamReader) -> bytes:
+        """Wait for the next line; a worker that serves sends one each second. Raises TimeoutError."""
+        return await asyncio.wait_for(reader.readline(), self._hang_timeout_s if self.ready else None)
 
     def _zero_gauges(self) -> None:
         """Nothing is in flight in a process that is gone: opening its store says so. A spoilt store is replaced."""

@@ -3,65 +3,106 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 from typing_extensions import assert_never
 
 from hsm.errors import TokenConfigError, WorkerFailed
 from hsm.launcher import AwsKmsToken, Pkcs11Token, SoftToken, Token, WorkerGroup
+from hsm.messages import KeyInfo
 from hsm.pool import TokenEndpoints
 from tlsproxy.config import Config, TokenConfig, TokenKind
 from tlsproxy.errors import ConfigError, Problem, StartupError
 from tlsproxy.serve.materials import Material, key_problems
 
 READY_TIMEOUT_S = 30.0
+STRAGGLER_TIMEOUT_S = 3.0
+"""How long tokens are waited for when each certificate has another that is ready."""
 
 _logger = logging.getLogger("tlsproxy.supervisor")
+_directory_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """The workers of a token, and all that they were started with."""
+
+    identity: tuple[object, ...]
+    group: WorkerGroup
+    directory: Path
 
 
 class TokenGroups:
-    """One WorkerGroup for each token. An async context: on leaving it the workers end."""
+    """One WorkerGroup for each token of a configuration.
 
-    def __init__(self, config: Config) -> None:
-        """Make the workers' sockets in the runtime directory. Raises StartupError and ConfigError."""
+    Those of a previous configuration that would be started no differently go on running, and belong to both.
+    As an async context: the workers run while it lasts.
+    """
+
+    def __init__(self, config: Config, previous: TokenGroups | None = None) -> None:
+        """Make the workers' sockets in the runtime directory. Raises StartupError."""
         self._configs = {token.name: token for token in config.hsm.tokens}
-        self._groups = {
-            token.name: _group(token, _keys_used(config, token.name), config) for token in config.hsm.tokens
-        }
+        self._running: dict[str, _Running] = {}
+        self._new: list[WorkerGroup] = []
+        for token in config.hsm.tokens:
+            launched = _token(token, _keys_used(config, token.name))
+            identity = (launched, config.log.level, config.log.format, config.hang_timeout_s, *_stamps(token))
+            present = None if previous is None else previous._running.get(token.name)
+            if present is not None and present.identity == identity and present.group.failure is None:
+                self._running[token.name] = present
+            else:
+                directory = config.runtime_dir / f"hsm-{os.getpid()}-{next(_directory_numbers)}"
+                group = _group(launched, directory, config)
+                self._running[token.name] = _Running(identity, group, directory)
+                self._new.append(group)
 
     async def __aenter__(self) -> TokenGroups:
-        for group in self._groups.values():
-            group.start()
+        self.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await asyncio.gather(*(group.stop() for group in self._groups.values()))
+        await self.stop()
 
-    async def wait_ready(self, materials: Mapping[str, Material]) -> None:
+    def start(self) -> None:
+        """Start the workers that don't run yet."""
+        for group in self._new:
+            group.start()
+
+    async def stop(self, keep: Iterable[TokenGroups] = (), absorb: Callable[[int], None] | None = None) -> None:
+        """End the workers that do not belong to `keep` too; `absorb` is called with each of their metric stores."""
+        kept = {running.group for other in keep for running in other._running.values()}
+        ending = [running for running in self._running.values() if running.group not in kept]
+        await asyncio.gather(*(running.group.stop(absorb=absorb) for running in ending))
+        for running in ending:
+            with contextlib.suppress(OSError):
+                running.directory.rmdir()
+
+    async def wait_ready(self, materials: Mapping[str, Material], *, all_new: bool = False) -> None:
         """Wait until the tokens are open, and compare their keys with the certificates.
 
-        A token that is away for the moment only costs a warning as long as every certificate has another.
+        A token that is away for the moment only costs a warning as long as every certificate has another, unless
+        `all_new`: then every token that did not run before must open.
 
-        Raises ConfigError where a token or a key is not what the configuration says, StartupError where a certificate's
-        tokens are all away.
+        Raises ConfigError where a token or a key is not what the configuration says, StartupError where a token that
+        is needed is away.
         """
-        results = await asyncio.gather(
-            *(group.wait_ready(READY_TIMEOUT_S) for group in self._groups.values()), return_exceptions=True
-        )
-        outcomes = dict(zip(self._groups, results, strict=True))
-        problems = [self._token_problem(name, group) for name, group in self._groups.items() if group.failure]
-        ready = {name: self._groups[name].keys for name, result in outcomes.items() if result is None}
+        away = await self._open(materials, all_new=all_new)
+        problems = [self._token_problem(name, failure) for name, failure in self._failures().items()]
+        ready = self._keys()
         problems += key_problems(materials.values(), ready)
         if problems:
             raise ConfigError(problems)
-        away = {name: str(result) for name, result in outcomes.items() if isinstance(result, WorkerFailed)}
-        for result in results:
-            if isinstance(result, BaseException) and not isinstance(result, WorkerFailed):
-                raise result
+        if all_new and away:
+            raise StartupError("; ".join(away.values()))
         for material in materials.values():
             if not ready.keys() & set(material.config.tokens):
                 reasons = "; ".join(away[token] for token in material.config.tokens)
@@ -69,19 +110,53 @@ class TokenGroups:
         for reason in away.values():
             _logger.warning("starting without a token", extra={"reason": reason})
 
-    def _token_problem(self, name: str, group: WorkerGroup) -> Problem:
+    async def _open(self, materials: Mapping[str, Material], *, all_new: bool) -> dict[str, str]:
+        """Wait for the new tokens; return why those are away that are not waited for any longer, by name."""
+        waits = {
+            name: asyncio.create_task(running.group.wait_ready(READY_TIMEOUT_S))
+            for name, running in self._running.items()
+            if running.group in self._new
+        }
+        _, waiting = await asyncio.wait(waits.values(), timeout=STRAGGLER_TIMEOUT_S) if waits else (set(), set())
+        if waiting and (all_new or not self._covers(materials)):
+            await asyncio.wait(waiting, timeout=READY_TIMEOUT_S)
+        away = {}
+        for name, task in waits.items():
+            if not task.done():
+                task.cancel()
+                reason = self._running[name].group.last_error
+                away[name] = f"token {name}: its worker is not ready after {STRAGGLER_TIMEOUT_S:g} s: {reason}"
+            elif (error := task.exception()) is not None:
+                if not isinstance(error, WorkerFailed):
+                    raise error
+                away[name] = str(error)
+        return away
+
+    def _covers(self, materials: Mapping[str, Material]) -> bool:
+        ready = self._keys().keys()
+        return not self._failures() and all(ready & set(material.config.tokens) for material in materials.values())
+
+    def _failures(self) -> dict[str, str]:
+        failures = {name: running.group.failure for name, running in self._running.items()}
+        return {name: failure for name, failure in failures.items() if failure is not None}
+
+    def _keys(self) -> dict[str, tuple[KeyInfo, ...]]:
+        """Return what tokens have announced, of those that have been open."""
+        return {name: running.group.keys for name, running in self._running.items() if running.group.was_ready}
+
+    def _token_problem(self, name: str, failure: str) -> Problem:
         key = {TokenKind.SOFT: "path", TokenKind.PKCS11: "module", TokenKind.AWSKMS: "region"}[self._configs[name].kind]
-        return self._configs[name].origin.problem(key, f"expected a token that opens; got: {group.failure}")
+        return self._configs[name].origin.problem(key, f"expected a token that opens; got: {failure}")
 
     @property
     def endpoints(self) -> tuple[TokenEndpoints, ...]:
         """Where the workers listen, for the proxy workers' pools."""
-        return tuple(group.endpoints for group in self._groups.values())
+        return tuple(running.group.endpoints for running in self._running.values())
 
     @property
     def metrics_fds(self) -> tuple[int, ...]:
         """The workers' metric stores."""
-        return tuple(fd for group in self._groups.values() for fd in group.metric_fds)
+        return tuple(fd for running in self._running.values() for fd in running.group.metric_fds)
 
 
 def _keys_used(config: Config, token: str) -> tuple[str, ...]:
@@ -89,11 +164,24 @@ def _keys_used(config: Config, token: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(certificate.key for certificate in config.certificates if token in certificate.tokens))
 
 
-def _group(token: TokenConfig, keys: tuple[str, ...], config: Config) -> WorkerGroup:
-    directory = str(config.runtime_dir)
+def _stamps(token: TokenConfig) -> Iterable[tuple[int, ...] | None]:
+    """Tell versions of the files that a worker reads once, at its start: the soft token and the PIN."""
+    for path in (token.path, token.pin_file):
+        try:
+            found = None if path is None else path.stat()
+        except OSError:
+            found = None
+        yield None if found is None else (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _group(token: Token, directory: Path, config: Config) -> WorkerGroup:
     try:
         return WorkerGroup(
-            _token(token, keys), directory, log_level=config.log.level.value, log_format=config.log.format.value
+            token,
+            str(directory),
+            log_level=config.log.level.value,
+            log_format=config.log.format.value,
+            hang_timeout_s=config.hang_timeout_s,
         )
     except TokenConfigError as error:
         raise StartupError(f"runtime_dir: {error}") from None

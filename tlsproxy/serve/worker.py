@@ -22,9 +22,10 @@ from hsm.metricstore import MetricStore
 from hsm.pool import SignerPool
 from tlsproxy import metrics
 from tlsproxy.config import ListenerMode
-from tlsproxy.serve.control import Drain, NewTicketKeys, ProxyWorkerSpec, State, Status, decode_commands
+from tlsproxy.serve.control import HEARTBEAT_S, Drain, NewTicketKeys, ProxyWorkerSpec, State, Status, decode_commands
 from tlsproxy.serve.counting import ListenerMetrics, UpstreamMetrics
 from tlsproxy.serve.listener import ListenerRuntime
+from tlsproxy.serve.sockets import BACKLOG
 from tlsproxy.serve.upstream import Upstream
 from tlsproxy.tls.certificates import Certificate, load_chain
 from tlsproxy.tls.context import TlsContext, TlsProfile
@@ -87,7 +88,7 @@ class Worker:
                 )
             )
         self._lag = self._store.histogram(metrics.EVENT_LOOP_LAG)
-        self._servers: list[asyncio.Server] = []
+        self._accepting: list[tuple[ListenerRuntime, socket.socket, asyncio.Server]] = []
         self._periodic: list[asyncio.Task[None]] = []
 
     def _tls_context(self, certificates: Sequence[Certificate], profile: TlsProfile, mode: ListenerMode) -> TlsContext:
@@ -105,9 +106,12 @@ class Worker:
             _logger.warning("serving with tokens away", extra={"tokens_up": sorted(self.pool.tokens_up())})
         await asyncio.gather(*(upstream.start() for upstream in self._upstreams.values()))
         loop = asyncio.get_running_loop()
-        for runtime, fd in zip(self._listeners, self._spec.listener_fds, strict=True):
+        for runtime, fds in zip(self._listeners, self._spec.listener_fds, strict=True):
             runtime.start()
-            self._servers.append(await loop.create_server(runtime, sock=socket.socket(fileno=fd)))
+            for fd in fds:
+                listening = socket.socket(fileno=fd)
+                server = await loop.create_server(runtime, sock=listening.dup(), backlog=BACKLOG)
+                self._accepting.append((runtime, listening, server))
         self._periodic = [asyncio.create_task(self._measure_lag()), asyncio.create_task(self._sweep_upstreams())]
 
     async def _reach_tokens(self) -> None:
@@ -129,8 +133,10 @@ class Worker:
 
     async def drain(self, deadline_s: float) -> None:
         """Accept no more, let what is under way finish for `deadline_s` at most, cut off the rest."""
-        for server in self._servers:
+        for runtime, listening, server in self._accepting:
             server.close()
+            await _take_backlog(listening, runtime)
+            listening.close()
         for runtime in self._listeners:
             runtime.drain()
         deadline = monotonic() + deadline_s
@@ -160,16 +166,37 @@ class Worker:
                 upstream.sweep(monotonic())
 
 
+async def _take_backlog(listening: socket.socket, runtime: ListenerRuntime) -> None:
+    """Accept the clients that wait: when the last copy of the socket is closed, the kernel resets them."""
+    loop = asyncio.get_running_loop()
+    listening.setblocking(False)
+    for _ in range(BACKLOG):
+        try:
+            connection, _ = listening.accept()
+        except OSError:
+            return
+        with contextlib.suppress(OSError):
+            await loop.connect_accepted_socket(runtime, connection)
+
+
 async def _serve(spec: ProxyWorkerSpec, control: socket.socket, received: bytearray) -> None:
     worker = Worker(spec)
     await worker.start()
     reader, writer = await asyncio.open_connection(sock=control)
-    writer.write(Status(State.READY).to_line())
+    heartbeat = asyncio.create_task(_tell_ready(writer))
     deadline_s = await _wait_for_drain(worker, reader, received, spec.config.drain_timeout_s)
+    heartbeat.cancel()
+    writer.write(Status(State.DRAINING).to_line())
     await worker.drain(deadline_s)
     writer.close()
     with contextlib.suppress(OSError):
         await writer.wait_closed()
+
+
+async def _tell_ready(writer: asyncio.StreamWriter) -> None:
+    while True:
+        writer.write(Status(State.READY).to_line())
+        await asyncio.sleep(HEARTBEAT_S)
 
 
 async def _wait_for_drain(

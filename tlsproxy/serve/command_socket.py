@@ -1,0 +1,141 @@
+"""The Unix socket in the runtime directory by which operators reload, drain and ask for the status.
+
+One JSON object each way, a line each: `{"command": "reload"}`, then `{"ok": true}` or `{"ok": false, "errors": [...],
+"exit_code": 2}`. Only the user the supervisor runs as, and root, are listened to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import struct
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from hsm.errors import HsmError
+from tlsproxy.errors import ConfigError, StartupError
+
+COMMANDS: Final = ("status", "reload", "drain")
+_MAX_REQUEST_BYTES = 4096
+_MAX_REPLY_BYTES = 16 << 20
+_REQUEST_TIMEOUT_S = 10.0
+_MAX_CONNECTIONS = 16
+_PEER_CREDENTIALS = struct.Struct("3i")
+
+_logger = logging.getLogger("tlsproxy.supervisor")
+
+
+class Operable(Protocol):
+    """What obeys the commands. A command that cannot be carried out raises ConfigError, StartupError or HsmError."""
+
+    async def reload(self) -> None:
+        """Load the configuration and all it names anew."""
+
+    async def drain(self) -> None:
+        """Let connections finish; return when all have ended."""
+
+    def status(self) -> dict[str, Any]:
+        """Return the state of the whole, as JSON has it."""
+
+
+class CommandServer:
+    """Takes commands at `path`."""
+
+    def __init__(self, path: Path, operated: Operable) -> None:
+        self._path = path
+        self._operated = operated
+        self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Make the socket, mode 0600, and begin. Raises StartupError."""
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._path.unlink(missing_ok=True)
+            listening.bind(str(self._path))
+            self._path.chmod(0o600)
+        except OSError as error:
+            listening.close()
+            raise StartupError(f"runtime_dir: cannot make {self._path}: {error.strerror or error}") from None
+        self._server = await asyncio.start_unix_server(self._serve, sock=listening, limit=_MAX_REQUEST_BYTES)
+
+    async def close(self) -> None:
+        """Take no more commands; answers under way are given their end."""
+        if self._server is not None:
+            self._server.close()
+        self._path.unlink(missing_ok=True)
+        if self._connections:
+            await asyncio.wait(self._connections, timeout=1.0)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        try:
+            if len(self._connections) <= _MAX_CONNECTIONS and _is_trusted(writer):
+                line = await asyncio.wait_for(reader.readline(), _REQUEST_TIMEOUT_S)
+                writer.write(json.dumps(await self._obey(line)).encode() + b"\n")
+                await asyncio.wait_for(writer.drain(), _REQUEST_TIMEOUT_S)
+        except (OSError, ValueError, asyncio.TimeoutError):
+            writer.transport.abort()
+        finally:
+            self._connections.discard(task)
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def _obey(self, line: bytes) -> dict[str, Any]:
+        try:
+            command = json.loads(line)["command"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            command = None
+        try:
+            if command == "status":
+                return {"ok": True, "status": self._operated.status()}
+            if command == "reload":
+                await self._operated.reload()
+            elif command == "drain":
+                await self._operated.drain()
+            else:
+                return _failure([f"expected one of the commands {', '.join(COMMANDS)}"], 2)
+        except ConfigError as error:
+            return _failure([str(problem) for problem in error.problems], 2)
+        except (StartupError, HsmError) as error:
+            return _failure([f"tlsproxy: {error}"], 1)
+        return {"ok": True}
+
+
+def _failure(errors: list[str], exit_code: int) -> dict[str, Any]:
+    return {"ok": False, "errors": errors, "exit_code": exit_code}
+
+
+def _is_trusted(writer: asyncio.StreamWriter) -> bool:
+    sock = writer.get_extra_info("socket")
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    _, uid, _ = _PEER_CREDENTIALS.unpack(credentials)
+    if uid in (0, os.geteuid()):
+        return True
+    _logger.warning("refused a command", extra={"uid": uid})
+    return False
+
+
+def send_command(path: Path, command: str) -> dict[str, Any]:
+    """Give a command to the proxy at `path`; return its answer, however long it takes. Raises StartupError."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect(str(path))
+            connection.sendall(json.dumps({"command": command}).encode() + b"\n")
+            with connection.makefile("rb") as stream:
+                line = stream.readline(_MAX_REPLY_BYTES)
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise StartupError(f"{path}: expected a running tlsproxy; found none") from None
+    except OSError as error:
+        raise StartupError(f"{path}: expected a running tlsproxy; {error.strerror or error}") from None
+    if not line:
+        raise StartupError(f"{path}: the proxy ended before it had answered")
+    answer: dict[str, Any] = json.loads(line)
+    return answer

@@ -1,0 +1,142 @@
+"""One configuration in force: its listening sockets, its tokens' workers, its proxy workers.
+
+A reload makes a second generation beside the first. What both need alike, sockets and tokens' workers, they share;
+proxy workers are always new, so that none of them ever mixes two configurations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from hsm.metricstore import MetricStore
+from tlsproxy import metrics
+from tlsproxy.config import Config
+from tlsproxy.serve.control import Command, ProxyWorkerSpec
+from tlsproxy.serve.materials import Material
+from tlsproxy.serve.processes import ProxyWorker
+from tlsproxy.serve.sockets import ListeningSockets, open_sockets
+from tlsproxy.serve.tokens import TokenGroups
+from tlsproxy.tls.context import TicketKey
+
+_STORE_SLOTS = 2048
+
+_logger = logging.getLogger("tlsproxy.supervisor")
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What the supervisor gives every generation."""
+
+    ticket_keys: Callable[[], tuple[TicketKey, ...]]
+    on_restart: Callable[[], None]
+    """Called for each proxy worker started in place of another."""
+    absorb: Callable[[int], None]
+    """Keeps what is counted in a metric store that is about to be closed."""
+
+
+class Generation:
+    """One configuration in force."""
+
+    def __init__(
+        self,
+        config: Config,
+        materials: Mapping[str, Material],
+        sockets: ListeningSockets,
+        tokens: TokenGroups,
+        host: Host,
+    ) -> None:
+        self.config = config
+        self.materials = materials
+        self.sockets = sockets
+        self.tokens = tokens
+        self.workers: list[ProxyWorker] = []
+        self._host = host
+        self._store = MetricStore(slots=_STORE_SLOTS)
+        self._describe_certificates()
+
+    async def start_workers(self) -> None:
+        """Start the proxy workers and wait until they accept connections. Raises StartupError."""
+        config = self.config
+        environment = _worker_environment(config)
+        for index in range(config.workers):
+            listeners = [
+                self.sockets.for_worker(listener.address, index, config.workers) for listener in config.listeners
+            ]
+            self.workers.append(
+                ProxyWorker(index, listeners, self._spec, environment, self._host.on_restart, config.hang_timeout_s)
+            )
+        await asyncio.gather(*(worker.wait_started() for worker in self.workers))
+
+    def send(self, command: Command) -> None:
+        """Send a command to every proxy worker."""
+        for worker in self.workers:
+            worker.send(command)
+
+    async def drain(self) -> None:
+        """Let the proxy workers finish what is under way, for `drain_timeout` at most, and end."""
+        await asyncio.gather(*(worker.drain(self.config.drain_timeout_s) for worker in self.workers))
+
+    async def close(self, keep: Sequence[Generation] = ()) -> None:
+        """End at once what is still running and does not belong to one of `keep` too."""
+        await asyncio.gather(*(worker.close(self._host.absorb) for worker in self.workers))
+        await self.tokens.stop([other.tokens for other in keep], self._host.absorb)
+        self._store.close()
+
+    @property
+    def own_metrics_fd(self) -> int:
+        """Where the facts of this configuration are that only count while it is in force."""
+        return self._store.fd
+
+    def _spec(self, worker: ProxyWorker) -> ProxyWorkerSpec:
+        return ProxyWorkerSpec(
+            index=worker.index,
+            config=self.config,
+            chains={name: material.pem for name, material in self.materials.items()},
+            listener_fds=tuple(tuple(sock.fileno() for sock in sockets) for sockets in worker.listeners),
+            tokens=self.tokens.endpoints,
+            metrics_fd=worker.metrics_fd,
+            ticket_keys=self._host.ticket_keys(),
+        )
+
+    def _describe_certificates(self) -> None:
+        """Put into the metrics when certificates expire, and warn of those that clients will refuse."""
+        now = datetime.now(timezone.utc)
+        for name, material in self.materials.items():
+            certificate = material.certificate
+            slot = self._store.gauge(metrics.CERTIFICATE_NOT_AFTER, (name,))
+            self._store.values[slot] = certificate.not_after.timestamp()
+            if not certificate.is_valid_at(now):
+                period = {"not_before": certificate.not_before, "not_after": certificate.not_after}
+                _logger.warning("certificate is not valid now", extra={"certificate": name, **period})
+
+
+async def bring_up(
+    config: Config, materials: Mapping[str, Material], present: Generation | None, sockets: ListeningSockets, host: Host
+) -> Generation:
+    """Return a new generation that serves, beside the `present` one if there is one; `sockets` are open already.
+
+    Raises ConfigError and StartupError; then nothing has changed.
+    """
+    async with contextlib.AsyncExitStack() as undo:
+        opened = open_sockets(config, sockets)
+        undo.callback(opened.close, keep=sockets)
+        tokens = TokenGroups(config, None if present is None else present.tokens)
+        generation = Generation(config, materials, opened, tokens, host)
+        undo.push_async_callback(generation.close, [] if present is None else [present])
+        tokens.start()
+        await tokens.wait_ready(materials, all_new=present is not None)
+        await generation.start_workers()
+        undo.pop_all()
+    return generation
+
+
+def _worker_environment(config: Config) -> dict[str, str]:
+    """Return the environment without PINs, and without Python looking for modules in the working directory."""
+    pins = {token.pin_env for token in config.hsm.tokens}
+    return {name: value for name, value in os.environ.items() if name not in pins} | {"PYTHONSAFEPATH": "1"}

@@ -1,0 +1,44 @@
+"""The runtime directory: the sockets between the processes, closed to others, and one instance at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from hsm.errors import TokenConfigError
+from hsm.launcher import make_private
+from tlsproxy.errors import StartupError
+
+COMMAND_SOCKET = "control.sock"
+
+
+class RuntimeDirectory:
+    """The directory, ours until closed."""
+
+    def __init__(self, path: Path) -> None:
+        """Make and lock it, and clear what an instance that was killed has left. Raises StartupError."""
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private(str(path))
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for leftover in path.glob("hsm-*"):
+                shutil.rmtree(leftover)
+        except BlockingIOError:
+            raise StartupError(f"runtime_dir: {path} is in use by another tlsproxy") from None
+        except TokenConfigError as error:
+            raise StartupError(f"runtime_dir: {error}") from None
+        except OSError as error:
+            raise StartupError(f"runtime_dir: cannot use {path}: {error.strerror}") from None
+
+    @property
+    def command_socket(self) -> Path:
+        """Where operators' commands are taken."""
+        return self.path / COMMAND_SOCKET
+
+    def close(self) -> None:
+        """Let another instance have it."""
+        os.close(self._lock)
