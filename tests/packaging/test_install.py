@@ -82,6 +82,8 @@ def test_sdist_has_what_it_takes_to_build_test_and_operate(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {
+        ".clang-format",
+        ".dockerignore",
         "LICENSE",
         "Makefile",
         "README.md",
