@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hsm.messages import KeyType
 from perf.clients import Clients
-from perf.options import add_load_arguments, add_server_arguments, chosen_servers, write_json
+from perf.options import add_load_arguments, add_server_arguments, chosen_servers
+from perf.parts import Part, Table
+from perf.plots import bar_chart
 from perf.request_load import RequestLoad, run_requests
 from perf.setups.base import PROXY_ROLE, Server
-from perf.tables import Table, warnings
-from perf.turns import Results, Turn, interleave
+from perf.turns import Case, Results, Turn, interleave
 
 SERVERS = ("nginx", "tlsproxy", "tlsproxy-tcp", "haproxy", "hitch", "stunnel")
 
@@ -24,16 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--path", default="/bulk", help="what to ask for (default: 10 MB at /bulk)")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measure and print a Markdown table."""
+def measure(arguments: argparse.Namespace) -> Iterator[Part]:
+    """Measure; yield the one part."""
     with chosen_servers(arguments, KeyType.ECDSA_P256) as servers, Clients(arguments.clients) as clients:
-        results = measure_bulk(clients, servers, arguments)
-    print(bulk_table(results, arguments).markdown())
-    write_json(arguments.json, {"bulk": results})
-    return 130 if results.interrupted else 0
+        results = _take_turns(clients, servers, arguments)
+    yield _part(results, arguments)
 
 
-def measure_bulk(clients: Clients, servers: Sequence[Server], arguments: argparse.Namespace) -> Results[str]:
+def _take_turns(clients: Clients, servers: Sequence[Server], arguments: argparse.Namespace) -> Results:
     """Let the servers take turns. An operation is a gigabyte (10^9 bytes)."""
 
     def take(server: Server) -> Turn:
@@ -59,24 +58,32 @@ def measure_bulk(clients: Clients, servers: Sequence[Server], arguments: argpars
             result.client_busy,
         )
 
-    cases = {server.name: functools.partial(take, server) for server in servers}
+    cases = {Case(server.name): functools.partial(take, server) for server in servers}
     return interleave(cases, arguments.turns, "bulk")
 
 
-def bulk_table(results: Results[str], arguments: argparse.Namespace) -> Table:
+def _part(results: Results, arguments: argparse.Namespace) -> Part:
     """What came of it; ratios are to the first server."""
     baseline = next(iter(results.values())).cpu_s(PROXY_ROLE)
     rows = []
-    for name, series in results.items():
+    for case, series in results.items():
         own = series.cpu_s(PROXY_ROLE)
         least, greatest = series.proxy_cpu_spread_s()
         rows.append(
-            (name, f"{own:.2f} ({least:.2f}-{greatest:.2f})", f"{own / baseline:.2f}", f"{series.per_second:.2f}")
+            (
+                case.server,
+                f"{own:.2f} ({least:.2f}-{greatest:.2f})",
+                f"{own / baseline:.2f}",
+                f"{series.per_second:.2f}",
+            )
         )
-    return Table(
-        "Bodies of 10 MB",
+    title = "Bodies of 10 MB"
+    cpu_s = {case.server: series.cpu_s(PROXY_ROLE) for case, series in results.items()}
+    return Part(
+        title,
         f"{arguments.turns} turns of {arguments.seconds:g} s, {arguments.concurrency} connections, "
-        f"downloads through a reverse proxy from the same back end.{warnings(results)}",
-        ("server", "CPU s/GB", f"x {next(iter(results))}", "GB/s"),
-        rows,
+        f"downloads through a reverse proxy from the same back end.",
+        Table(("server", "CPU s/GB", f"x {next(iter(results)).server}", "GB/s"), rows),
+        [bar_chart(title, "CPU s per GB", cpu_s)],
+        {"bulk": results},
     )

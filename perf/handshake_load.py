@@ -28,13 +28,14 @@ class HandshakeLoad(Load):
 class _Handshake:
     """One connection's way through connect, handshake, close."""
 
-    __slots__ = ("done_s", "tls")
+    __slots__ = ("_resumed", "done_s", "tls")
 
     def __init__(self, load: HandshakeLoad, context: ssl.SSLContext, tls_session: ssl.SSLSession | None) -> None:
         raw = socket.socket(socket.AF_INET6 if ":" in load.host else socket.AF_INET)
         raw.setblocking(False)
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.done_s = 0.0
+        self._resumed = False
         raw.connect_ex((load.host, load.port))
         self.tls = context.wrap_socket(
             raw,
@@ -54,6 +55,8 @@ class _Handshake:
             if not self.done_s:
                 self.tls.do_handshake()
                 self.done_s = time.perf_counter()
+                # Not later: unwrap() lets go of what knows it.
+                self._resumed = bool(self.tls.session_reused)
             self.tls.unwrap()
         except ssl.SSLWantReadError:
             return selectors.EVENT_READ
@@ -67,7 +70,7 @@ class _Handshake:
 
     def add_to(self, result: LoadResult) -> None:
         """See Exchange."""
-        result.resumed += bool(self.tls.session_reused)
+        result.resumed += self._resumed
 
 
 def _ticket(load: HandshakeLoad, context: ssl.SSLContext) -> ssl.SSLSession:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import argparse
 import functools
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from hsm.messages import KeyType
 from perf.clients import Clients
 from perf.handshake_load import HandshakeLoad, run_handshakes
-from perf.options import add_load_arguments, add_server_arguments, chosen_servers, write_json
+from perf.options import add_load_arguments, add_server_arguments, chosen_servers
+from perf.parts import Part, Table, latency_chart, quantiles_ms
+from perf.plots import Axis, bar_chart, line_chart
 from perf.setups.base import PROXY_ROLE, Server
 from perf.setups.catalogue import Servers
-from perf.tables import Table, quantiles_ms, warnings
-from perf.turns import Results, Turn, interleave
+from perf.turns import Case, Results, Turn, interleave
 
 SERVERS = ("nginx", "tlsproxy")
 _TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
@@ -47,21 +48,16 @@ def add_handshake_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resumed", action="store_true", help="resume one ticket instead of full handshakes")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measure and print a Markdown table for each key type."""
-    measured: dict[str, Results[tuple[str, float]]] = {}
+def measure(arguments: argparse.Namespace) -> Iterator[Part]:
+    """Measure; yield a part for each key type."""
     key_types = arguments.key_type or [KeyType.ECDSA_P256, KeyType.RSA_2048]
     # Whoever runs a target has chosen its key.
     for key_type in key_types[:1] if arguments.target else key_types:
         with chosen_servers(arguments, key_type) as servers, Clients(arguments.clients) as clients:
-            results = measure_handshakes(clients, servers, arguments)
-        key_name = "" if arguments.target else f", {key_type.value}"
-        print(handshake_table(f"Handshakes{key_name}", results, arguments).markdown())
-        measured[key_type.value] = results
+            results = _take_turns(clients, servers, arguments)
+        yield _part("" if arguments.target else f", {key_type.value}", results, arguments)
         if results.interrupted:
-            break
-    write_json(arguments.json, measured)
-    return 130 if any(results.interrupted for results in measured.values()) else 0
+            return
 
 
 def take_handshakes(clients: Clients, server: Server, arguments: argparse.Namespace) -> Turn:
@@ -84,9 +80,7 @@ def take_handshakes(clients: Clients, server: Server, arguments: argparse.Namesp
     return Turn.of(charged)
 
 
-def measure_handshakes(
-    clients: Clients, servers: Sequence[Server], arguments: argparse.Namespace
-) -> Results[tuple[str, float]]:
+def _take_turns(clients: Clients, servers: Sequence[Server], arguments: argparse.Namespace) -> Results:
     """Let the servers take turns at each HSM latency (s)."""
     return interleave(
         cases_by_latency(
@@ -99,8 +93,8 @@ def measure_handshakes(
 
 def cases_by_latency(
     servers: Sequence[Server], latencies_ms: Sequence[float], take: Callable[[Server], Turn]
-) -> dict[tuple[str, float], Callable[[], Turn]]:
-    """Cases for interleave(): every server at every HSM latency, by name and latency in seconds.
+) -> dict[Case, Callable[[], Turn]]:
+    """Cases for interleave(): every server at every HSM latency, by name and latency.
 
     Raises RuntimeError for latencies of HSMs that are not there.
     """
@@ -114,13 +108,13 @@ def cases_by_latency(
         return take(server)
 
     return {
-        (server.name, latency_ms / 1e3): functools.partial(take_at, server, latency_ms / 1e3)
+        Case(server.name, latency_ms / 1e3): functools.partial(take_at, server, latency_ms / 1e3)
         for latency_ms in latencies_ms
         for server in servers
     }
 
 
-def handshake_table(title: str, results: Results[tuple[str, float]], arguments: argparse.Namespace) -> Table:
+def _part(key_name: str, results: Results, arguments: argparse.Namespace) -> Part:
     """What came of it; ratios are to the first server at the same latency."""
     rows = []
     baselines: dict[float, tuple[float, float]] = {}
@@ -141,22 +135,31 @@ def handshake_table(title: str, results: Results[tuple[str, float]], arguments: 
                 quantiles_ms(series.latencies, 0.5, 0.99),
             )
         )
-    kind = "resumed" if arguments.resumed else "full"
     loop = "closed loop" if arguments.rate is None else f"open loop, {arguments.rate:g} due each second"
-    first = next(iter(results))[0]
-    return Table(
+    ratio = f"x {next(iter(results)).server}"
+    columns = ("HSM latency", "server", "proxy CPU us", "all CPU us", ratio, "handshakes/s", ratio, "p50 / p99 ms")
+    title = f"{'Resumed' if arguments.resumed else 'Full'} handshakes{key_name}"
+    return Part(
         title,
-        f"TLS {arguments.tls}, {kind} handshakes, {arguments.turns} turns of {arguments.seconds:g} s, "
-        f"{arguments.concurrency} at a time, {loop}. The ratios are to {first}.{warnings(results)}",
-        (
-            "HSM latency",
-            "server",
-            "proxy CPU us/handshake",
-            "all processes",
-            f"x {first}",
-            "handshakes/s",
-            f"x {first}",
-            "p50 / p99 ms",
-        ),
-        rows,
+        f"TLS {arguments.tls}, {arguments.turns} turns of {arguments.seconds:g} s, {arguments.concurrency} at a time, "
+        f"{loop}. CPU is for one handshake: of the processes that speak TLS, and of all.",
+        Table(columns, rows),
+        _charts(title, results),
+        {"handshakes": results},
     )
+
+
+def _charts(title: str, results: Results) -> list[str]:
+    """Of one latency, where the CPU goes and what clients see; of several, what latency does to the rate."""
+    latencies_s = {latency_s for _, latency_s in results}
+    if len(latencies_s) == 1:
+        cpu_us = {name: series.cpu_s() * 1e6 for (name, _), series in results.items()}
+        seen = {name: series.latencies for (name, _), series in results.items()}
+        return [
+            bar_chart(title, "CPU us per handshake, all processes", cpu_us),
+            latency_chart(title, "handshake", seen),
+        ]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for (name, latency_s), series in results.items():
+        lines.setdefault(name, []).append((latency_s * 1e3, series.per_second))
+    return [line_chart(title, Axis("HSM latency, ms"), Axis("handshakes/s"), lines)]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from hsm.messages import KeyType
 from perf import cpu
 from perf.setups.base import PROXY_ROLE, Server
 from perf.setups.catalogue import SETUPS, Servers, running
-from perf.turns import Results
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +62,11 @@ def add_load_arguments(parser: argparse.ArgumentParser, *, seconds: float, turns
     )
     parser.add_argument("--rate", type=float, help="open loop: so many due each second, Poisson (default: closed loop)")
     parser.add_argument("--clients", type=_positive, default=1, help="client processes (default: 1)")
+    add_json_argument(parser)
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Where the raw data goes."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw data there")
 
 
@@ -102,19 +105,3 @@ def started(arguments: argparse.Namespace, key_type: KeyType) -> Iterator[Server
         names, key_type, workers=arguments.workers, tokens=arguments.tokens, sessions=arguments.sessions
     ) as servers:
         yield servers
-
-
-def write_json(
-    path: Path | None, results: Mapping[str, Results[str]] | Mapping[str, Results[tuple[str, float]]]
-) -> None:
-    """Write every turn of every case to `path`, if there is one."""
-    if path is None:
-        return
-    data = {
-        part: {
-            case if isinstance(case, str) else f"{case[0]} {case[1]:g}": [turn.as_json() for turn in series]
-            for case, series in cases.items()
-        }
-        for part, cases in results.items()
-    }
-    path.write_text(json.dumps(data) + "\n")

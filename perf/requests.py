@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hsm.messages import KeyType
 from perf.clients import Clients
-from perf.options import add_load_arguments, add_server_arguments, chosen_servers, write_json
+from perf.options import add_load_arguments, add_server_arguments, chosen_servers
+from perf.parts import Part, Table, latency_chart, quantiles_ms
+from perf.plots import bar_chart
 from perf.request_load import RequestLoad, run_requests
 from perf.setups.base import PROXY_ROLE, Server
-from perf.tables import Table, quantiles_ms, warnings
-from perf.turns import Results, Turn, interleave
+from perf.turns import Case, Results, Turn, interleave
 
 SERVERS = ("nginx", "tlsproxy", "tlsproxy-tcp", "haproxy", "hitch", "stunnel")
 
@@ -24,16 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--path", default="/", help="what to ask for (default: 100 bytes at /)")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measure and print a Markdown table."""
+def measure(arguments: argparse.Namespace) -> Iterator[Part]:
+    """Measure; yield the one part."""
     with chosen_servers(arguments, KeyType.ECDSA_P256) as servers, Clients(arguments.clients) as clients:
-        results = measure_requests(clients, servers, arguments)
-    print(requests_table(results, arguments).markdown())
-    write_json(arguments.json, {"requests": results})
-    return 130 if results.interrupted else 0
+        results = _take_turns(clients, servers, arguments)
+    yield _part(results, arguments)
 
 
-def measure_requests(clients: Clients, servers: Sequence[Server], arguments: argparse.Namespace) -> Results[str]:
+def _take_turns(clients: Clients, servers: Sequence[Server], arguments: argparse.Namespace) -> Results:
     """Let the servers take turns."""
 
     def take(server: Server) -> Turn:
@@ -49,20 +48,20 @@ def measure_requests(clients: Clients, servers: Sequence[Server], arguments: arg
         )
         return Turn.of(clients.run(run_requests, load, server.pids_by_role()))
 
-    cases = {server.name: functools.partial(take, server) for server in servers}
+    cases = {Case(server.name): functools.partial(take, server) for server in servers}
     return interleave(cases, arguments.turns, "requests")
 
 
-def requests_table(results: Results[str], arguments: argparse.Namespace) -> Table:
+def _part(results: Results, arguments: argparse.Namespace) -> Part:
     """What came of it; ratios are to the first server."""
     baseline = next(iter(results.values())).cpu_s(PROXY_ROLE)
     rows = []
-    for name, series in results.items():
+    for case, series in results.items():
         own = series.cpu_s(PROXY_ROLE)
         least, greatest = series.proxy_cpu_spread_s()
         rows.append(
             (
-                name,
+                case.server,
                 f"{own * 1e6:.1f} ({least * 1e6:.1f}-{greatest * 1e6:.1f})",
                 f"{own / baseline:.2f}",
                 f"{series.per_second:.0f}",
@@ -70,10 +69,16 @@ def requests_table(results: Results[str], arguments: argparse.Namespace) -> Tabl
             )
         )
     loop = "closed loop" if arguments.rate is None else f"open loop, {arguments.rate:g} due each second"
-    return Table(
-        "Small requests on TLS keep-alive",
+    title = "Small requests on TLS keep-alive"
+    cpu_us = {case.server: series.cpu_s(PROXY_ROLE) * 1e6 for case, series in results.items()}
+    return Part(
+        title,
         f"{arguments.turns} turns of {arguments.seconds:g} s, {arguments.concurrency} connections, {loop}, "
-        f"a reverse proxy before the same back end.{warnings(results)}",
-        ("server", "CPU us/request", f"x {next(iter(results))}", "requests/s", "p50 / p99 ms"),
-        rows,
+        f"a reverse proxy before the same back end.",
+        Table(("server", "CPU us/request", f"x {next(iter(results)).server}", "requests/s", "p50 / p99 ms"), rows),
+        [
+            bar_chart(title, "CPU us per request", cpu_us),
+            latency_chart(title, "latency", {case.server: series.latencies for case, series in results.items()}),
+        ],
+        {"requests": results},
     )

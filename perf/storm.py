@@ -10,17 +10,17 @@ import argparse
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hsm.messages import KeyType
 from perf.clients import Clients
 from perf.handshakes import add_handshake_arguments, cases_by_latency, take_handshakes
 from perf.histogram import Histogram
-from perf.options import add_load_arguments, add_server_arguments, chosen_servers, write_json
+from perf.options import add_load_arguments, add_server_arguments, chosen_servers
+from perf.parts import Part, Table, latency_chart, quantiles_ms
 from perf.prober import Prober
 from perf.setups.base import Server
-from perf.tables import Table, quantiles_ms, warnings
-from perf.turns import Results, Series, Turn, interleave
+from perf.turns import Case, Results, Series, Turn, interleave
 
 SERVERS = ("nginx-pkcs11", "tlsproxy-pkcs11", "stunnel-pkcs11")
 
@@ -36,18 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probe-rate", type=float, default=100.0, help="requests a second (default: %(default)s)")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measure and print a Markdown table."""
+def measure(arguments: argparse.Namespace) -> Iterator[Part]:
+    """Measure; yield the one part."""
     with chosen_servers(arguments, KeyType.ECDSA_P256) as servers, Clients(arguments.clients) as clients:
-        quiet, storm = measure_storm(clients, servers, arguments)
-    print(storm_table(quiet, storm, arguments).markdown())
-    write_json(arguments.json, {"storm": storm})
-    return 130 if storm.interrupted else 0
+        quiet, storm = _take_turns(clients, servers, arguments)
+    yield _part(quiet, storm, arguments)
 
 
-def measure_storm(
-    clients: Clients, servers: Sequence[Server], arguments: argparse.Namespace
-) -> tuple[Results[str], Results[tuple[str, float]]]:
+def _take_turns(clients: Clients, servers: Sequence[Server], arguments: argparse.Namespace) -> tuple[Results, Results]:
     """Probe every server while all is quiet, once, then let them take turns in the storm, at each HSM latency (s)."""
 
     def be_quiet(server: Server) -> Turn:
@@ -61,7 +57,7 @@ def measure_storm(
             turn = take_handshakes(clients, server, arguments)
         return dataclasses.replace(turn, probes=prober.result.latencies, probes_asked=prober.result.asked)
 
-    quiet = interleave({server.name: functools.partial(be_quiet, server) for server in servers}, 1, "quiet")
+    quiet = interleave({Case(server.name): functools.partial(be_quiet, server) for server in servers}, 1, "quiet")
     latencies_ms = [0.0] if arguments.target else arguments.latency_ms or [20.0]
     storm = interleave(
         cases_by_latency(servers, latencies_ms, take), 0 if quiet.interrupted else arguments.turns, "storm"
@@ -69,9 +65,8 @@ def measure_storm(
     return quiet, storm
 
 
-def storm_table(quiet: Results[str], storm: Results[tuple[str, float]], arguments: argparse.Namespace) -> Table:
-    """What came of it."""
-    rows = [(name, "quiet", "-", "-", "-", *_probes(series)) for name, series in quiet.items()]
+def _part(quiet: Results, storm: Results, arguments: argparse.Namespace) -> Part:
+    rows = [(case.server, "quiet", "-", "-", "-", *_probes(series)) for case, series in quiet.items()]
     rows += [
         (
             name,
@@ -83,21 +78,27 @@ def storm_table(quiet: Results[str], storm: Results[tuple[str, float]], argument
         )
         for (name, latency_s), series in storm.items()
     ]
-    return Table(
-        "An established connection in a storm of handshakes",
+    title = "An established connection in a storm of handshakes"
+    probes = {f"{case}, quiet": series.probes for case, series in quiet.items()}
+    probes |= {str(case): series.probes for case, series in storm.items()}
+    return Part(
+        title,
         f"{arguments.turns} turns of {arguments.seconds:g} s, {arguments.concurrency} handshakes at a time; "
-        f"meanwhile {arguments.probe_rate:g} requests a second on one connection, their latency from when they were due."
-        f"{warnings(storm)}",
-        (
-            "server",
-            "",
-            "handshakes/s",
-            "CPU us/handshake",
-            "handshake p50 / p99 ms",
-            "probes served",
-            "probe p50 / p99 / p99.9 ms",
+        f"meanwhile {arguments.probe_rate:g} requests a second on one connection, timed from when they were due.",
+        Table(
+            (
+                "server",
+                "",
+                "handshakes/s",
+                "CPU us/handshake",
+                "handshake p50 / p99 ms",
+                "probes served",
+                "probe p50 / p99 / p99.9 ms",
+            ),
+            rows,
         ),
-        rows,
+        [latency_chart(title, "probe", probes)],
+        {"quiet": quiet, "storm": storm},
     )
 
 

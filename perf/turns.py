@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple
 
 from perf.clients import Charged
 from perf.histogram import Histogram
@@ -18,7 +18,15 @@ SATURATED = 0.9
 """A client process that is so busy may be what limits the figures."""
 _BAR_WIDTH = 24
 
-Case = TypeVar("Case")
+
+class Case(NamedTuple):
+    """What takes turns: a server, with its HSMs as slow as this."""
+
+    server: str
+    hsm_latency_s: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.server} at {self.hsm_latency_s * 1e3:g} ms" if self.hsm_latency_s else self.server
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +145,12 @@ class Results(dict[Case, Series]):
     """Ctrl-C has cut it short: there are fewer turns than asked for."""
 
 
-def interleave(cases: Mapping[Case, Callable[[], Turn]], turns: int, what: str) -> Results[Case]:
+def interleave(cases: Mapping[Case, Callable[[], Turn]], turns: int, what: str) -> Results:
     """Let every case take `turns` turns and one more, the first, that only warms caches and pools and does not count.
 
     Tells on a terminal how far it is, as `what`. Ctrl-C ends it: the turns until then are the result.
     """
-    results: Results[Case] = Results({case: Series() for case in cases})
+    results = Results({case: Series() for case in cases})
     progress = Progress(what, (turns + 1) * len(cases))
     try:
         for number in range(turns + 1):
