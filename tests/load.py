@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -20,15 +21,23 @@ class Load:
     context: ssl.SSLContext
     answered: int = 0
     connections: int = 0
-    failures: list[str] = field(default_factory=list)
+    failures: list[tuple[int, str]] = field(default_factory=list)
+    """The client's port and what went wrong."""
     stopping: bool = False
+    stopped_accepting: bool = False
+    """The proxy is to end: that it takes no more connections is no failure."""
 
     async def keep_requesting(self, requests_per_connection: float) -> None:
         """Connect, make requests until there have been enough of them or the proxy ends the connection; again."""
         while not self.stopping:
             stage = "connect"
+            connection = socket.socket()
+            connection.setblocking(False)
+            connection.bind(("127.0.0.1", 0))
+            port = connection.getsockname()[1]
             try:
-                async with self._connected() as (reader, writer):
+                await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", self.port))
+                async with self._connected(connection) as (reader, writer):
                     for number in range(1 << 30):
                         if number >= requests_per_connection or self.stopping:
                             break
@@ -37,13 +46,16 @@ class Load:
                             break
                         await asyncio.sleep(_PAUSE_S)
             except (OSError, ssl.SSLError, asyncio.IncompleteReadError, AssertionError) as error:
-                self.failures.append(f"{stage}: {error!r}")
+                connection.close()
+                if self.stopped_accepting and stage == "connect":
+                    return
+                self.failures.append((port, f"{stage}: {error!r}"))
 
     @contextlib.asynccontextmanager
-    async def _connected(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        reader, writer = await asyncio.open_connection(
-            "127.0.0.1", self.port, ssl=self.context, server_hostname="localhost"
-        )
+    async def _connected(
+        self, connection: socket.socket
+    ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        reader, writer = await asyncio.open_connection(sock=connection, ssl=self.context, server_hostname="localhost")
         self.connections += 1
         try:
             yield reader, writer
@@ -76,7 +88,8 @@ async def steady_load(port: int, context: Callable[[], ssl.SSLContext]) -> Async
     try:
         await load.until_answered(10)
         yield load
-        await load.until_answered(20)
+        if not load.stopped_accepting:
+            await load.until_answered(20)
     finally:
         load.stopping = True
         await asyncio.gather(*clients)

@@ -136,9 +136,9 @@ async def test_a_worker_killed_loses_no_count_and_keeps_its_socket(group):
     assert sum(counts) == 4
 
 
-async def test_a_refused_pin_is_tried_once(tmp_path, files):
+async def test_a_refused_pin_is_tried_once_whatever_the_number_of_workers(tmp_path, files, caplog):
     files.pin_file.write_text("swordfish\n")
-    group = WorkerGroup(soft_token(files), str(tmp_path / "run"))
+    group = WorkerGroup(soft_token(files, workers=3), str(tmp_path / "run"))
     group.start()
     with pytest.raises(WorkerFailed, match="PIN"):
         await group.wait_ready(30)
@@ -146,6 +146,23 @@ async def test_a_refused_pin_is_tried_once(tmp_path, files):
     assert group.pids == ()
     assert group.failure is not None
     assert "swordfish" not in group.failure
+    assert len([record for record in caplog.records if "failed for good" in record.getMessage()]) == 1
+    await group.stop()
+
+
+async def test_after_a_refused_pin_no_worker_of_the_token_is_started_again(tmp_path, files, caplog):
+    group = WorkerGroup(soft_token(files, workers=3), str(tmp_path / "run"))
+    group.start()
+    await group.wait_ready(30)
+    files.pin_file.write_text("swordfish\n")
+    first, second, third = group.pids
+    os.kill(first, signal.SIGKILL)
+    await wait_for(lambda: group.failure is not None)
+    os.kill(second, signal.SIGKILL)
+    await wait_for(lambda: group.pids == (third,))
+    await asyncio.sleep(0.3)
+    assert group.pids == (third,)
+    assert len([record for record in caplog.records if "failed for good" in record.getMessage()]) == 1
     await group.stop()
 
 

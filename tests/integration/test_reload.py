@@ -1,4 +1,4 @@
-"""`tlsproxy reload` and SIGHUP: everything can change while clients are served, and nothing changes if anything is wrong."""
+"""`tlsproxy reload` and SIGHUP: everything can change while clients are served; nothing does if anything is wrong."""
 
 from __future__ import annotations
 
