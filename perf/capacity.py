@@ -94,6 +94,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[Part]:
 
 def sustainable_rate(model: HsmModel, slo_s: float) -> float:
     """The highest rate of signatures each second at which a cell of such tokens keeps p99 within `slo_s`; 0 if none."""
+    if model.round_trip_s + max(model.service_s) > slo_s:
+        return 0.0
     low, high = 0.0, _TOKENS_PER_CELL * model.signatures_per_second
     for _ in range(_SEARCH_STEPS):
         rate = (low + high) / 2
@@ -133,9 +135,9 @@ def _plan(arguments: argparse.Namespace) -> Part:
     which = arguments.profile if arguments.hsm_rate is None else f"{arguments.hsm_rate:g} signatures/s each"
     return Part(
         f"Capacity, {arguments.key_type.value}: {which}",
-        f"Cells of {_TOKENS_PER_CELL} tokens and {_PROXIES_PER_CELL} pools, and one token more for each ten to spare. p99 of signatures within "
-        f"{arguments.slo_ms:g} ms, {arguments.round_trip_ms:g} ms to the HSM and back; {arguments.cpu_us_full:g} us "
-        f"of CPU for a full handshake, {arguments.cpu_us_resumed:g} us for a resumed one, "
+        f"Cells of {_TOKENS_PER_CELL} tokens and {_PROXIES_PER_CELL} pools, and one token in ten to spare. p99 of "
+        f"signatures within {arguments.slo_ms:g} ms, {arguments.round_trip_ms:g} ms to the HSM and back. "
+        f"{arguments.cpu_us_full:g} us of CPU for a full handshake, {arguments.cpu_us_resumed:g} for a resumed one, "
         f"cores {arguments.utilisation:.0%} busy. Simulated: no such deployment was built.",
         Table(
             (

@@ -1,4 +1,4 @@
-"""A high dynamic range histogram: latencies from a microsecond to minutes, each within 0.8 % of what it was.
+"""A high dynamic range histogram: latencies from a microsecond to minutes, each told to 1.6 % or better.
 
 Log-linear buckets, as in Gil Tene's HdrHistogram: 64 linear steps for each power of two. Recording is an integer shift
 and a dict entry; histograms of several processes and turns add up without loss.
