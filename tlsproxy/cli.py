@@ -1,4 +1,4 @@
-"""The command line: `tlsproxy run | check | demo | reload | drain`.
+"""The command line: `tlsproxy run | check | demo | status | reload | drain`.
 
 Exit codes: 0 fine, 1 it could not run, 2 bad usage or configuration. Every error is one line on stderr.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from tlsproxy.errors import ConfigError, StartupError
 from tlsproxy.serve.command_socket import send_command
 from tlsproxy.serve.materials import check_tokens, load_materials
 from tlsproxy.serve.runtime_directory import COMMAND_SOCKET
+from tlsproxy.serve.status import render_status
 from tlsproxy.serve.supervisor import Supervisor
 
 
@@ -60,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="find every problem of a configuration and the files it names")
     check.add_argument("config", metavar="FILE", help="the configuration, YAML")
     check.set_defaults(command=_check)
+
+    status = commands.add_parser("status", help="show what the running proxy serves and how")
+    _add_target(status)
+    status.add_argument("--json", action="store_true", help="as one JSON document")
+    status.set_defaults(command=_operate, operation="status")
 
     for name, what in (("reload", "load its configuration anew"), ("drain", "let its connections finish and end")):
         command = commands.add_parser(name, help=f"tell the running proxy to {what}")
@@ -102,6 +109,8 @@ def _operate(options: argparse.Namespace) -> int:
     answer = send_command(directory / COMMAND_SOCKET, options.operation)
     for error in answer.get("errors", ()):
         print(error, file=sys.stderr)
+    if "status" in answer:
+        print(json.dumps(answer["status"]) if options.json else render_status(answer["status"]))
     return int(answer.get("exit_code", 0))
 
 

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
 import tlsproxy
+from hsm.metrics import CIRCUIT_STATE, TOKEN_UP
 from hsm.metrics import FAMILIES as HSM_FAMILIES
-from hsm.metrics import TOKEN_UP
 from hsm.metricstore import MetricStore, read_samples
 from tlsproxy import metrics
 from tlsproxy.metrics import StoreCollector, merge_stores
+from tlsproxy.serve import rates
 from tlsproxy.serve.generation import Generation
 from tlsproxy.serve.snapshot import CertificateView, ListenerView, Snapshot, WorkerView
+from tlsproxy.serve.status import status_document
 from tlsproxy.tls._openssl import LIBRARY_VERSION
 
 _FAMILIES = {**metrics.FAMILIES, **HSM_FAMILIES}
@@ -30,6 +34,7 @@ class Figures:
         self._generations = generations
         self._store = MetricStore()
         self._gone = MetricStore()
+        self._window = rates.Window()
         self._restarts = self._store.counter(metrics.WORKER_RESTARTS)
         build = (tlsproxy.__version__, platform.python_version(), LIBRARY_VERSION)
         self._store.values[self._store.gauge(metrics.BUILD_INFO, build)] = 1.0
@@ -54,6 +59,27 @@ class Figures:
     def count_reload(self, result: str) -> None:
         """Count a reload."""
         self._store.values[self._store.counter(metrics.CONFIG_RELOADS, (result,))] += 1.0
+
+    def take_sample(self) -> None:
+        """Remember where the counters stand; to be called every rates.SAMPLE_INTERVAL_S."""
+        self._window.add(monotonic(), merge_stores(self._counting_fds(), rates.COUNTED))
+
+    def status(self) -> dict[str, Any]:
+        """Return the state of the whole as JSON has it."""
+        current, *draining = self._generations()
+        circuits: dict[str, dict[str, int]] = {}
+        live = (worker.metrics_fd for worker in current.workers if worker.ready)
+        for (token, state), (count,) in merge_stores(live, {CIRCUIT_STATE.name: CIRCUIT_STATE})[
+            CIRCUIT_STATE.name
+        ].items():
+            if count:
+                circuits.setdefault(token, {})[state] = int(count)
+        return status_document(
+            self.snapshot(),
+            circuits,
+            self._window.lately(monotonic(), merge_stores(self._counting_fds(), rates.COUNTED)),
+            draining_workers=sum(worker.pid is not None for generation in draining for worker in generation.workers),
+        )
 
     def snapshot(self) -> Snapshot:
         """Return the state of the whole."""

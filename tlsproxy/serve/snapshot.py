@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +63,3 @@ class Snapshot:
     def ready(self) -> bool:
         """A new client can be served: a worker accepts connections and reaches a token that signs."""
         return self.healthy and any(self.tokens.values())
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as JSON has it: times are in ISO 8601."""
-        document = asdict(self)
-        for certificate in document["certificates"]:
-            certificate["not_after"] = certificate["not_after"].isoformat()
-        return document | {"ready": self.ready}

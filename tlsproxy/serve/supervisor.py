@@ -23,6 +23,7 @@ from tlsproxy.serve.control import NewTicketKeys
 from tlsproxy.serve.figures import Figures
 from tlsproxy.serve.generation import Generation, Host, bring_up
 from tlsproxy.serve.materials import Material, load_materials
+from tlsproxy.serve.rates import SAMPLE_INTERVAL_S
 from tlsproxy.serve.runtime_directory import RuntimeDirectory
 from tlsproxy.serve.sockets import NO_SOCKETS
 from tlsproxy.tls.context import TicketKey
@@ -101,6 +102,7 @@ class Supervisor:
         stack.push_async_callback(commands.close)
         await commands.start()
         self._spawn(self._rotate_ticket_keys())
+        self._spawn(self._take_samples())
 
     async def _close(self) -> None:
         for task in self._tasks:
@@ -139,7 +141,7 @@ class Supervisor:
 
     def status(self) -> dict[str, Any]:
         """Return the state of the whole, as JSON has it."""
-        return self._figures.snapshot().to_json()
+        return self._figures.status()
 
     async def reload(self) -> None:
         """Load the configuration and all it names anew, and serve by it; the old state ends its connections and goes.
@@ -204,6 +206,11 @@ class Supervisor:
             self._ticket_keys = (TicketKey.generate(), *self._ticket_keys[:_OLD_TICKET_KEYS])
             for generation in self._generations:
                 generation.send(NewTicketKeys(self._ticket_keys))
+
+    async def _take_samples(self) -> None:
+        while True:
+            self._figures.take_sample()
+            await asyncio.sleep(SAMPLE_INTERVAL_S)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
