@@ -1,0 +1,96 @@
+"""What the operators' documents say exists: commands and their options, metrics, files and headings."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import hsm.cli
+import tlsproxy.cli
+from hsm.metrics import FAMILIES as HSM_FAMILIES
+from tests.packaging.conftest import ROOT
+from tlsproxy.config_yaml import load_config, parse_config
+from tlsproxy.metrics import FAMILIES as PROXY_FAMILIES
+
+DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
+TEXTS = {document.name: document.read_text() for document in DOCUMENTS}
+_FAMILIES = {**PROXY_FAMILIES, **HSM_FAMILIES}
+_NOT_METRICS = {"hsm_unavailable"}
+"""A value of the label `result`."""
+_MAIN = {"tlsproxy": tlsproxy.cli.main, "hsm": hsm.cli.main}
+
+
+def _anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def _commands() -> list[str]:
+    """Return every line of a shell block that runs one of our commands."""
+    blocks = [
+        block for text in TEXTS.values() for block in re.findall(r"^ *```sh\n(.*?)```", text, re.MULTILINE | re.DOTALL)
+    ]
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = sorted({line for line in lines if line.startswith(("tlsproxy ", "hsm "))})
+    assert len(commands) > 5
+    return commands
+
+
+@pytest.mark.parametrize("command", _commands())
+def test_a_command_shown_is_one_there_is(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its help names each option shown."""
+    name, *arguments = shlex.split(command, comments=True)
+    subcommand, *options = arguments
+    with pytest.raises(SystemExit) as ended:
+        _MAIN[name]([subcommand, "--help"])
+    assert ended.value.code == 0
+    help_text = capsys.readouterr().out
+    for option in options:
+        assert not option.startswith("--") or re.search(rf"{option}\b", help_text), f"{option} of {command}"
+
+
+def test_every_metric_named_exists() -> None:
+    for name, text in TEXTS.items():
+        for metric in re.findall(r"\b(?:tlsproxy|hsm)_\w+", text):
+            base = re.sub(r"_(bucket|count|sum)$", "", metric)
+            known = metric in _FAMILIES or base in _FAMILIES or metric in _NOT_METRICS
+            assert known, f"{name}: {metric}"
+
+
+def test_links_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+            path, _, anchor = target.partition("#")
+            found = document if not path else (document.parent / path).resolve()
+            assert found.exists(), f"{document.name}: {target}"
+            assert not anchor or anchor in _anchors(found.read_text()), f"{document.name}: {target}"
+
+
+def test_every_document_is_in_the_table_of_contents() -> None:
+    listed = set(re.findall(r"\]\(([\w-]+\.md)\)", TEXTS["README.md"]))
+    assert listed == set(TEXTS) - {"README.md"}
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_configurations_shown_are_sound(name: str, tmp_path: Path) -> None:
+    for block in re.findall(r"^```yaml\n(.*?)```", TEXTS[name], re.MULTILINE | re.DOTALL):
+        parse_config(block.encode(), name, tmp_path)
+
+
+def test_the_cloudhsm_document_and_its_configuration_name_the_same_things() -> None:
+    (token,) = load_config(str(ROOT / "configs/cloudhsm.yaml")).hsm.tokens
+    for thing in (token.module, token.token_label, token.pin_file):
+        assert str(thing) in TEXTS["cloudhsm.md"]
+
+
+def test_configuration_keys_named_in_the_migration_table_are_read() -> None:
+    """Every `key:` and `limits: ...` that the table offers for an nginx directive is one the reader knows."""
+    readers = "".join(path.read_text() for path in Path(ROOT, "tlsproxy").glob("*yaml*.py"))
+    table = [line for line in TEXTS["migrating-from-nginx.md"].splitlines() if line.startswith("| `")]
+    offered = {key for line in table for key in re.findall(r"`(?:[a-z]+\.)?([a-z_]+)(?::[^`]*)?`", line.split("|")[2])}
+    keys = offered - {"auto"}
+    assert len(keys) > 15
+    assert not [key for key in keys if f'"{key}"' not in readers]
