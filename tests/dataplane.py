@@ -150,6 +150,7 @@ def upstream_config(
         health=None,
         ejection=EjectionConfig(5, 10),
         tls=None,
+        proxy_protocol=None,
         origin=ORIGIN,
     )
     return dataclasses.replace(plain, **changes)
@@ -199,6 +200,7 @@ async def data_plane(
         profile=TlsProfile.INTERMEDIATE if tls else None,
         timeouts=listener_timeouts,
         limits=listener_limits,
+        proxy_protocol_from=(),
         trusted_proxies=(),
         forwarded=False,
         routes=tuple(route(**{**inherited, **changes}) for changes in routes),

@@ -230,6 +230,8 @@ class ListenerConfig:
     certificates: tuple[str, ...]
     timeouts: ListenerTimeouts
     limits: ListenerLimits
+    proxy_protocol_from: tuple[Network, ...]
+    """Peers that begin each connection with a PROXY protocol header (version 1 or 2), and must."""
     trusted_proxies: tuple[Network, ...]
     """http: peers whose X-Forwarded-* and Forwarded are believed and passed on."""
     forwarded: bool
@@ -333,6 +335,13 @@ class UpstreamTlsConfig:
     """For SNI and verification; None: the host of the server's address."""
 
 
+class ProxyProtocol(str, enum.Enum):
+    """Versions of the PROXY protocol."""
+
+    V1 = "v1"
+    V2 = "v2"
+
+
 @dataclass(frozen=True, slots=True)
 class UpstreamConfig:
     """A group of servers that answer alike."""
@@ -353,6 +362,8 @@ class UpstreamConfig:
     health: HealthConfig | None
     ejection: EjectionConfig
     tls: UpstreamTlsConfig | None
+    proxy_protocol: ProxyProtocol | None
+    """Connections begin with such a header, so each serves one request or tunnel of one client."""
     origin: Origin
 
 

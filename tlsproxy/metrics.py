@@ -70,7 +70,8 @@ CONNECTIONS_ACCEPTED = Family(
 CONNECTIONS_REFUSED = Family(
     "tlsproxy_connections_refused_total",
     Kind.COUNTER,
-    "Client connections closed at once because a limit was reached: connections, connections_per_client or handshakes.",
+    "Client connections closed at once because a limit was reached (connections, connections_per_client or "
+    "handshakes), or because their PROXY protocol header was not as it must be (proxy_protocol).",
     ("listener", "limit"),
 )
 BYTES = Family(

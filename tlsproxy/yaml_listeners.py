@@ -83,6 +83,7 @@ def read_listener(value: Value) -> ListenerConfig:
         certificates=certificates,
         timeouts=timeouts,
         limits=limits,
+        proxy_protocol_from=reader.optional("proxy_protocol_from", lambda item: item.each(read_network), ()),
         trusted_proxies=trusted_proxies,
         forwarded=forwarded,
         routes=routes,

@@ -12,6 +12,7 @@ from tlsproxy.config import (
     HashConfig,
     HashSource,
     HealthConfig,
+    ProxyProtocol,
     ServerConfig,
     UnixAddress,
     UpstreamConfig,
@@ -37,6 +38,10 @@ def read_upstream(value: Value) -> UpstreamConfig:
     hashed = _CLIENT_ADDRESS
     if balance is Balance.CONSISTENT_HASH:
         hashed = reader.optional("hash", _hash, _CLIENT_ADDRESS)
+    proxy_protocol = reader.optional("proxy_protocol", lambda item: item.choice(ProxyProtocol), None)
+    keepalive = 0
+    if proxy_protocol is None:
+        keepalive = reader.optional("keepalive", lambda item: item.integer(0, 100_000), 256)
     queue = 128
     queue_s = 5.0
     if any(server.max_connections for server in servers):
@@ -47,7 +52,7 @@ def read_upstream(value: Value) -> UpstreamConfig:
         servers=servers,
         balance=balance,
         hash=hashed,
-        keepalive=reader.optional("keepalive", lambda item: item.integer(0, 100_000), 256),
+        keepalive=keepalive,
         queue=queue,
         retries=reader.optional("retries", lambda item: item.integer(0, 10), 1),
         resolve_interval_s=reader.optional("resolve_interval", lambda item: item.duration(0.1, _DAY_S), 30.0),
@@ -60,6 +65,7 @@ def read_upstream(value: Value) -> UpstreamConfig:
         health=reader.optional("health", _health, None),
         ejection=_ejection(reader.section("ejection")),
         tls=reader.optional("tls", _tls, None),
+        proxy_protocol=proxy_protocol,
         origin=value.origin,
     )
     timeouts.finish()

@@ -15,6 +15,15 @@ from time import monotonic
 from typing import TYPE_CHECKING, cast
 
 from hsm.pool_request import Signature
+from tlsproxy.config import Address, ProxyProtocol
+from tlsproxy.proxy_protocol import (
+    Endpoints,
+    ProxyProtocolError,
+    TlsDetails,
+    parse_header,
+    v1_header,
+    v2_header,
+)
 from tlsproxy.serve.anatomy import HandshakePhases
 from tlsproxy.serve.counting import sign_failure_result
 from tlsproxy.serve.plain import PlainConnection
@@ -45,6 +54,8 @@ _log = logging.getLogger("tlsproxy.handshake")
 class Phase(enum.Enum):
     """Where a client connection is."""
 
+    PROXY_HEADER = "proxy_header"
+    """The proxy before us is to say who the client is."""
     HANDSHAKE = "handshake"
     OPEN = "open"
     LINGERING = "lingering"
@@ -76,7 +87,10 @@ class ClientConnection(asyncio.Protocol, ABC):
         "_idle_since_s",
         "_last_buffered",
         "_lingered_bytes",
+        "_negotiated",
         "_paused",
+        "_proxied",
+        "_proxy_header",
         "_sign_failure",
         "_signature",
         "_signed",
@@ -95,10 +109,14 @@ class ClientConnection(asyncio.Protocol, ABC):
         self.deadline = math.inf
         """Monotonic seconds; on_timeout is called within a second after."""
         self.client_ip = ""
+        """Empty until it is known: where a PROXY protocol header is awaited, that is told there."""
         self.write_paused = False
         self._transport: asyncio.Transport
         self._tls: TlsConnection | PlainConnection
         self._paused = PauseReason(0)
+        self._proxy_header = b""
+        self._proxied: Endpoints | None = None
+        self._negotiated: HandshakeComplete | None = None
         self._accepted_s = 0.0
         self._client_hello_s = 0.0
         self._client_wait_s = 0.0
@@ -143,24 +161,64 @@ class ClientConnection(asyncio.Protocol, ABC):
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin the handshake, unless a limit is reached."""
-        peer = transport.get_extra_info("peername")
-        self.client_ip = peer[0].removeprefix("::ffff:") if peer else ""
+        """Begin, unless a limit is reached."""
         # uvloop's transports are no subclasses of asyncio's.
         self._transport = cast("asyncio.Transport", transport)
         if not self.runtime.admit(self):
             self._transport.abort()
             return
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        self._tls = PlainConnection()
+        self._accepted_s = monotonic()
+        peer_ip = transport.get_extra_info("peername")[0].removeprefix("::ffff:")
+        if self.runtime.expects_proxy_header(peer_ip):
+            self.phase = Phase.PROXY_HEADER
+            self.deadline = self._accepted_s + self.runtime.config.timeouts.handshake_s
+        else:
+            self._start(peer_ip)
+
+    def _start(self, client_ip: str) -> None:
+        """Begin the handshake or, without TLS, what the connection is for."""
+        self.client_ip = client_ip
+        if not self.runtime.admit_client(self):
+            self._refuse_connection()
+            return
         self._accepted_s = self._idle_since_s = monotonic()
         if self.runtime.tls is None:
-            self._tls = PlainConnection()
             self.phase = Phase.OPEN
             self.established()
             return
         self.phase = Phase.HANDSHAKE
         self.deadline = self._accepted_s + self.runtime.config.timeouts.handshake_s
         self._tls = self.runtime.tls.connection()
+
+    def _refuse_connection(self) -> None:
+        self.phase = Phase.CLOSED
+        self._transport.abort()
+
+    def _proxy_header_received(self, data: bytes) -> None:
+        """Learn from the proxy before us who the client is; what comes after its header is the client's."""
+        self._proxy_header += data
+        try:
+            header = parse_header(self._proxy_header)
+        except ProxyProtocolError as error:
+            peer = self._transport.get_extra_info("peername")[0]
+            _log.warning(
+                "bad PROXY protocol header", extra={"listener": self.runtime.name, "peer": peer, "reason": str(error)}
+            )
+            self.runtime.metrics.count_refused("proxy_protocol")
+            self._refuse_connection()
+            return
+        if header is None:
+            return
+        rest, self._proxy_header = self._proxy_header[header.size :], b""
+        self._proxied = header.endpoints
+        if header.endpoints is not None:
+            self._start(header.endpoints.client.host.removeprefix("::ffff:"))
+        else:
+            self._start(self._transport.get_extra_info("peername")[0].removeprefix("::ffff:"))
+        if rest and self.phase is not Phase.CLOSED:
+            self.data_received(rest)
 
     def data_received(self, data: bytes) -> None:
         """Decrypt, and act on what that yields."""
@@ -171,6 +229,8 @@ class ClientConnection(asyncio.Protocol, ABC):
                 self._client_wait_s += monotonic() - self._idle_since_s
             self._act_on(self._tls.receive_data(data))
             self._idle_since_s = monotonic()
+        elif self.phase is Phase.PROXY_HEADER:
+            self._proxy_header_received(data)
         else:
             self._lingered_bytes += len(data)
             if self._lingered_bytes > LINGER_BYTES:
@@ -225,6 +285,19 @@ class ClientConnection(asyncio.Protocol, ABC):
         metrics = self.runtime.metrics
         metrics.values[metrics.bytes_out] += sum(map(len, pieces))
         self._transport.write(self._tls.data_to_send())
+
+    def proxy_header(self, version: ProxyProtocol) -> bytes:
+        """Return what tells an upstream server who the client is."""
+        endpoints = self._proxied
+        if endpoints is None:
+            peer, own = map(self._transport.get_extra_info, ("peername", "sockname"))
+            endpoints = Endpoints(Address(self.client_ip, peer[1]), Address(own[0].removeprefix("::ffff:"), own[1]))
+        if version is ProxyProtocol.V1:
+            return v1_header(endpoints)
+        tls = self._negotiated
+        if tls is None:
+            return v2_header(endpoints, None)
+        return v2_header(endpoints, TlsDetails(tls.tls_version, tls.cipher, tls.alpn, tls.server_name))
 
     def pause(self, reason: PauseReason) -> None:
         """Stop reading from the client for `reason`."""
@@ -340,6 +413,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         total_s = monotonic() - self._accepted_s
         metrics = self.runtime.metrics
         metrics.observe_handshake(event, total_s)
+        self._negotiated = event
         signed = self._signed
         if signed is not None:
             assert isinstance(self._tls, TlsConnection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Callable
 
@@ -20,10 +21,14 @@ class Dialer:
         self._tls = tls
         self._context = None if tls is None else _client_context(tls)
 
-    async def open(self, factory: Callable[[], asyncio.Protocol], server: Server) -> None:
-        """Connect `factory`'s protocol to `server`. Raises UpstreamError 502 or 504 with the reason."""
+    async def open(self, factory: Callable[[], asyncio.Protocol], server: Server, preamble: bytes) -> None:
+        """Connect `factory`'s protocol to `server`; `preamble`, if not empty, is sent before everything, TLS included.
+
+        Raises UpstreamError 502 or 504 with the reason.
+        """
+        opening = self._open_after(preamble, factory, server) if preamble else self._open(factory, server)
         try:
-            await asyncio.wait_for(self._open(factory, server), self._timeout_s)
+            await asyncio.wait_for(opening, self._timeout_s)
         except asyncio.TimeoutError:
             raise UpstreamError(504, "connect_timeout") from None
         except ssl.SSLError:
@@ -39,6 +44,24 @@ class Dialer:
             await loop.create_unix_connection(factory, str(address.path), ssl=self._context, server_hostname=name)
         else:
             await loop.create_connection(factory, address.host, address.port, ssl=self._context, server_hostname=name)
+
+    async def _open_after(self, preamble: bytes, factory: Callable[[], asyncio.Protocol], server: Server) -> None:
+        loop = asyncio.get_running_loop()
+        address = server.address
+        name = None if self._context is None else self._server_name(server)
+        is_unix = isinstance(address, UnixAddress)
+        to = str(address.path) if isinstance(address, UnixAddress) else (address.host, address.port)
+        family = socket.AF_UNIX if is_unix else socket.AF_INET6 if ":" in to[0] else socket.AF_INET
+        connection = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            connection.setblocking(False)
+            await loop.sock_connect(connection, to)
+            await loop.sock_sendall(connection, preamble)
+            create = loop.create_unix_connection if is_unix else loop.create_connection
+            await create(factory, sock=connection, ssl=self._context, server_hostname=name)
+        except BaseException:
+            connection.close()
+            raise
 
     def _server_name(self, server: Server) -> str:
         """Return what the certificate is verified for, and sent as SNI unless it is an IP address."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from tlsproxy.config import HashConfig
+from tlsproxy.config import HashConfig, ProxyProtocol
 from tlsproxy.errors import UpstreamError
 from tlsproxy.http.affinity import hash_key
 from tlsproxy.http.chunks import chunk, last_chunk
@@ -127,6 +127,10 @@ class Exchange:
     def hash_key(self, source: HashConfig) -> bytes:
         """Return what decides about the server."""
         return hash_key(self.request, source, self._client.client_address(self.request))
+
+    def proxy_header(self, version: ProxyProtocol) -> bytes:
+        """Return what tells a server who the client is."""
+        return self._client.proxy_header(version)
 
     def upstream_ready(self, connection: UpstreamConnection) -> None:
         """Send what there is of the request."""

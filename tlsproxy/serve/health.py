@@ -18,12 +18,21 @@ class HealthChecker:
     """Checks one server until cancelled."""
 
     def __init__(
-        self, config: HealthConfig, dialer: Dialer, server: Server, on_change: Callable[[Server], None]
+        self,
+        config: HealthConfig,
+        dialer: Dialer,
+        server: Server,
+        preamble: bytes,
+        on_change: Callable[[Server], None],
     ) -> None:
-        """`on_change` is called after `server.healthy` has become another."""
+        """`preamble` is what connections begin with, before TLS and all.
+
+        `on_change` is called after `server.healthy` has become another.
+        """
         self._config = config
         self._dialer = dialer
         self._server = server
+        self._preamble = preamble
         self._on_change = on_change
         self._against = 0
         """Results in a row that speak against what is held to be true."""
@@ -59,7 +68,7 @@ class HealthChecker:
                 probe.transport.abort()
 
     async def _ask(self, probe: _Probe) -> bool:
-        await self._dialer.open(lambda: probe, self._server)
+        await self._dialer.open(lambda: probe, self._server, self._preamble)
         return await probe.result
 
 

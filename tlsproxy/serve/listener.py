@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import monotonic
 
 from hsm.pool import SignerPool
 from hsm.pool_request import SigningKey
-from tlsproxy.config import ListenerConfig, ListenerMode
+from tlsproxy.config import ListenerConfig, ListenerMode, Network
 from tlsproxy.http.routing import Router
 from tlsproxy.serve.client import ClientConnection, Phase
 from tlsproxy.serve.counting import ListenerMetrics
@@ -96,17 +96,30 @@ class ListenerRuntime:
     # What connections call.
 
     def admit(self, connection: ClientConnection) -> bool:
-        """Take a new connection on, or count that a limit refuses it."""
+        """Take a new connection on, or count that there are too many. Its client need not be known yet."""
         metrics = self.metrics
         metrics.values[metrics.accepted] += 1.0
-        reached = self._limit_reached(connection.client_ip)
-        if reached is not None:
-            metrics.count_refused(reached)
+        limit = self.config.limits.connections
+        if limit and len(self._open) >= limit:
+            metrics.count_refused("connections")
             return False
         self._open.add(connection)
-        self._per_client[connection.client_ip] = self._per_client.get(connection.client_ip, 0) + 1
         metrics.values[metrics.connections] += 1.0
+        return True
+
+    def admit_client(self, connection: ClientConnection) -> bool:
+        """Let a connection go on now that its client is known, or count that a limit refuses it."""
+        limits = self.config.limits
+        metrics = self.metrics
+        of_client = self._per_client.get(connection.client_ip, 0) + 1
+        self._per_client[connection.client_ip] = of_client
+        if limits.connections_per_client and of_client > limits.connections_per_client:
+            metrics.count_refused("connections_per_client")
+            return False
         if self.tls is not None:
+            if limits.handshakes and self._handshakes >= limits.handshakes:
+                metrics.count_refused("handshakes")
+                return False
             self._handshakes += 1
             metrics.values[metrics.handshakes_in_flight] += 1.0
         return True
@@ -119,31 +132,29 @@ class ListenerRuntime:
     def release(self, connection: ClientConnection) -> None:
         """Take a connection that is gone off the books."""
         self._open.remove(connection)
-        left = self._per_client.pop(connection.client_ip) - 1
-        if left:
-            self._per_client[connection.client_ip] = left
+        if connection.client_ip:
+            left = self._per_client.pop(connection.client_ip) - 1
+            if left:
+                self._per_client[connection.client_ip] = left
         self.metrics.values[self.metrics.connections] -= 1.0
 
     def is_trusted(self, ip: str) -> bool:
         """Tell whether `ip` is one of trusted_proxies."""
-        networks = self.config.trusted_proxies
-        return bool(networks) and any(ipaddress.ip_address(ip) in network for network in networks)
+        return _is_in(self.config.trusted_proxies, ip)
+
+    def expects_proxy_header(self, ip: str) -> bool:
+        """Tell whether the peer at `ip` begins with a PROXY protocol header."""
+        return _is_in(self.config.proxy_protocol_from, ip)
 
     def next_request_id(self) -> bytes:
         """Return an id that no other request to this listener has."""
         self._requests += 1
         return b"%b-%x" % (self._request_id_prefix, self._requests)
 
-    def _limit_reached(self, client_ip: str) -> str | None:
-        limits = self.config.limits
-        if limits.connections and len(self._open) >= limits.connections:
-            return "connections"
-        if limits.connections_per_client and self._per_client.get(client_ip, 0) >= limits.connections_per_client:
-            return "connections_per_client"
-        if limits.handshakes and self._handshakes >= limits.handshakes:
-            return "handshakes"
-        return None
-
     def _sweep_and_rearm(self) -> None:
         self._sweep_timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep_and_rearm)
         self.sweep()
+
+
+def _is_in(networks: Sequence[Network], ip: str) -> bool:
+    return bool(networks) and any(ipaddress.ip_address(ip) in network for network in networks)

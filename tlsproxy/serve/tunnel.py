@@ -10,7 +10,7 @@ import math
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from tlsproxy.config import HashConfig
+from tlsproxy.config import HashConfig, ProxyProtocol
 from tlsproxy.errors import UpstreamError
 from tlsproxy.serve.client import ClientConnection, PauseReason
 from tlsproxy.serve.upstream import Upstream
@@ -84,6 +84,10 @@ class Tunnel:
     def hash_key(self, source: HashConfig) -> bytes:  # noqa: ARG002 - of the bytes inside nothing is known
         """Return what decides about the server: the client's address."""
         return self._client.client_ip.encode("ascii")
+
+    def proxy_header(self, version: ProxyProtocol) -> bytes:
+        """Return what tells a server who the client is."""
+        return self._client.proxy_header(version)
 
     def upstream_ready(self, connection: UpstreamConnection) -> None:
         """Begin to pass bytes."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from tlsproxy.config import Address, Balance, ServerConfig, UpstreamConfig
 from tlsproxy.errors import UpstreamError
+from tlsproxy.proxy_protocol import own_header
 from tlsproxy.serve.counting import UpstreamMetrics
 from tlsproxy.serve.dialing import Dialer
 from tlsproxy.serve.health import HealthChecker
@@ -41,6 +42,7 @@ class Upstream:
         self.retries = config.retries
         self.metrics = metrics
         self._config = config
+        self._proxy_protocol = config.proxy_protocol
         self._dialer = Dialer(config.tls, config.timeouts.connect_s)
         self._balancer = make_balancer(config.balance)
         self._hash = config.hash if config.balance is Balance.CONSISTENT_HASH else None
@@ -273,7 +275,8 @@ class Upstream:
         """Open a connection; it goes to its owner by itself. Return what went wrong."""
         connection = UpstreamConnection(self, server, owner)
         try:
-            await self._dialer.open(lambda: connection, server)
+            preamble = b"" if self._proxy_protocol is None else owner.proxy_header(self._proxy_protocol)
+            await self._dialer.open(lambda: connection, server, preamble)
         except UpstreamError as error:
             return None if connection.was_opened else error
         finally:
@@ -317,11 +320,12 @@ class Upstream:
         health = self._config.health
         if health is None or not self._started:
             return
+        preamble = b"" if self._proxy_protocol is None else own_header(self._proxy_protocol)
         servers = {server for servers in self._servers.values() for server in servers}
         for server in self._checks.keys() - servers:
             self._checks.pop(server).cancel()
         for server in servers - self._checks.keys():
-            checker = HealthChecker(health, self._dialer, server, self._health_changed)
+            checker = HealthChecker(health, self._dialer, server, preamble, self._health_changed)
             self._checks[server] = asyncio.get_running_loop().create_task(checker.run())
 
     def _health_changed(self, server: Server) -> None:

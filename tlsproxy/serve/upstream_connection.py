@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
-from tlsproxy.config import HashConfig
+from tlsproxy.config import HashConfig, ProxyProtocol
 from tlsproxy.errors import UpstreamError
 from tlsproxy.serve.servers import Server
 
@@ -23,6 +23,9 @@ class UpstreamOwner(Protocol):
 
     def hash_key(self, source: HashConfig) -> bytes:
         """Return what decides about the server, where that is by consistent hash."""
+
+    def proxy_header(self, version: ProxyProtocol) -> bytes:
+        """Return what tells a server who the client is."""
 
     def upstream_ready(self, connection: UpstreamConnection) -> None:
         """Take over the connection asked for."""

@@ -25,7 +25,8 @@ def test_a_listener_without_tls_redirects() -> None:
 def test_everything_a_route_can_say() -> None:
     text = MINIMAL.replace(
         "routes: [{upstream: app}]",
-        """trusted_proxies: [10.0.0.0/8, "2001:db8::1"]
+        """proxy_protocol_from: [127.0.0.1]
+    trusted_proxies: [10.0.0.0/8, "2001:db8::1"]
     forwarded: true
     limits: {body_bytes: 1MiB}
     timeouts: {body_idle: 7s}
@@ -41,6 +42,7 @@ def test_everything_a_route_can_say() -> None:
     )
     (listener,) = parse(text).listeners
     assert [str(item) for item in listener.trusted_proxies] == ["10.0.0.0/8", "2001:db8::1/128"]
+    assert [str(item) for item in listener.proxy_protocol_from] == ["127.0.0.1/32"]
     assert listener.forwarded
     api, rest = listener.routes
     assert api.request_headers == HeaderRules((("Host", "inside"), ("X-A", "1")), (("X-B", "b c"),), ("Cookie",))

@@ -14,6 +14,7 @@ from tlsproxy.config import (
     HashConfig,
     HashSource,
     HealthConfig,
+    ProxyProtocol,
     UnixAddress,
     UpstreamConfig,
     UpstreamTlsConfig,
@@ -47,7 +48,8 @@ def test_everything_it_can_say() -> None:
         "servers: [{address: 'unix:/run/a.sock', weight: 3, max_connections: 9}, {address: 'b.example:80'}], "
         "balance: consistent_hash, hash: {cookie: sid}, queue: 7, retries: 2, resolve_interval: 5s, "
         "timeouts: {queue: 1s}, health: {path: /h, host: b.example, interval: 1s, timeout: 500ms, rise: 4, fall: 5}, "
-        "ejection: {failures: 0, duration: 1m}, tls: {server_name: b.example}"
+        "ejection: {failures: 0, duration: 1m}, tls: {server_name: b.example}, "
+        "proxy_protocol: v2"
     )
     server = found.servers[0]
     assert (server.address, server.weight, server.max_connections) == (UnixAddress(Path("/run/a.sock")), 3, 9)
@@ -56,6 +58,7 @@ def test_everything_it_can_say() -> None:
     assert found.health == HealthConfig("/h", "b.example", 1, 0.5, 4, 5)
     assert found.ejection == EjectionConfig(0, 60)
     assert found.tls == UpstreamTlsConfig(True, None, "b.example")
+    assert (found.proxy_protocol, found.keepalive) == (ProxyProtocol.V2, 0)
 
 
 def test_a_ca_file_is_read_with_the_configuration(tmp_path: Path) -> None:
@@ -93,6 +96,7 @@ SERVER = "servers: [{address: 127.0.0.1:1}]"
             "servers: [{address: 127.0.0.1:1}, {address: 127.0.0.1:1}]",
             ": expected each server once (weight gives it more requests); got 127.0.0.1:1 again",
         ),
+        (SERVER + ", proxy_protocol: v2, keepalive: 5", ".keepalive: expected one of balance"),
         (SERVER + ", hash: client_address", ".hash: expected one of balance"),
         (SERVER + ", queue: 5", ".queue: expected one of balance"),
         (SERVER + ", timeouts: {queue: 5s}", ".timeouts.queue: expected one of connect, idle, response"),
