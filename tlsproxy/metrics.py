@@ -8,7 +8,7 @@ client's address or an SNI that isn't configured.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Final
+from typing import Final, TypeAlias
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -154,6 +154,11 @@ CONFIG_RELOADS = Family(
     "Reloads of the configuration or of certificates: success, or failure and the old state serves on.",
     ("result",),
 )
+TICKET_KEY_CREATED = Family(
+    "tlsproxy_session_ticket_key_created_timestamp_seconds",
+    Kind.GAUGE,
+    "When the key was made that encrypts session tickets now, in seconds since the epoch.",
+)
 BUILD_INFO = Family("tlsproxy_build_info", Kind.GAUGE, "Always 1.", ("version", "python", "openssl"), merge=Merge.MAX)
 
 FAMILIES: Final[Mapping[str, Family]] = {
@@ -182,15 +187,18 @@ FAMILIES: Final[Mapping[str, Family]] = {
         WORKERS_READY,
         WORKER_RESTARTS,
         CONFIG_RELOADS,
+        TICKET_KEY_CREATED,
         BUILD_INFO,
     )
 }
 
 
-def merge_stores(
-    fds: Iterable[int], families: Mapping[str, Family]
-) -> dict[str, dict[tuple[str, ...], tuple[float, ...]]]:
-    """Return family name -> label values -> values (as in `Sample`), merged over the stores behind `fds`."""
+Merged: TypeAlias = Mapping[str, Mapping[tuple[str, ...], tuple[float, ...]]]
+"""Family name -> label values -> values (as in `Sample`)."""
+
+
+def merge_stores(fds: Iterable[int], families: Mapping[str, Family]) -> Merged:
+    """Return what is in the stores behind `fds`, merged."""
     merged: dict[str, dict[tuple[str, ...], tuple[float, ...]]] = {name: {} for name in families}
     for fd in fds:
         for sample in read_samples(fd, families):

@@ -1,4 +1,4 @@
-"""The admin port: /metrics for Prometheus, /healthz and /readyz for orchestrators, / for people.
+"""The admin port: /metrics for Prometheus, /healthz and /readyz for orchestrators, / for people, /live for their pages.
 
 Plain HTTP/1.1, GET and HEAD, read only. It runs in the supervisor, which must outlive anything a client does here: all
 sizes, times and connections are limited.
@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from http import HTTPStatus
 
 import h11
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 
-from tlsproxy.serve.snapshot import Snapshot
-from tlsproxy.serve.status_page import render
+from tlsproxy.serve.admin_pages import Response, Source, respond, text
+from tlsproxy.serve.live_feed import LiveFeed, TooManyWatchersError
 
 MAX_CONNECTIONS = 64
 MAX_REQUEST_BYTES = 16 << 10
@@ -28,50 +24,22 @@ _READ_BYTES = 4096
 REQUEST_TIMEOUT_S = 10.0
 """For a request to arrive, from the connection's start or the response before; and for a response to be taken."""
 
+_LIVE = b"/live"
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
 _logger = logging.getLogger("tlsproxy.admin")
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
-    """An answer with all of its body."""
-
-    status: HTTPStatus
-    content_type: str
-    body: bytes
-
-
-def respond(target: bytes, accept: str, snapshot: Snapshot, registry: CollectorRegistry) -> Response:
-    """Return the answer to GET `target`."""
-    path = target.partition(b"?")[0]
-    if path == b"/metrics":
-        encode, content_type = choose_encoder(accept)
-        return Response(HTTPStatus.OK, content_type, encode(registry))
-    if path == b"/healthz":
-        return _verdict(snapshot.healthy, {"workers_ready": snapshot.workers_ready, "workers": len(snapshot.workers)})
-    if path == b"/readyz":
-        return _verdict(snapshot.ready, {"workers_ready": snapshot.workers_ready, "tokens": snapshot.tokens})
-    if path == b"/":
-        return Response(HTTPStatus.OK, "text/html; charset=utf-8", render(snapshot).encode())
-    return _text(HTTPStatus.NOT_FOUND)
-
-
-def _verdict(good: bool, details: dict[str, object]) -> Response:
-    status = HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE
-    body = {"status": "ok" if good else "unavailable"} | details
-    return Response(status, "application/json", json.dumps(body).encode() + b"\n")
-
-
-def _text(status: HTTPStatus) -> Response:
-    return Response(status, "text/plain; charset=utf-8", f"{status.value} {status.phrase}\n".encode())
-
-
 class AdminServer:
-    """Answers on the listening socket `listening`; asks `snapshot` for the state of the whole at each request."""
+    """Answers on the listening socket `listening`; asks `source` for the state of the whole at each request."""
 
-    def __init__(self, listening: socket.socket, registry: CollectorRegistry, snapshot: Callable[[], Snapshot]) -> None:
+    def __init__(self, listening: socket.socket, source: Source) -> None:
         self._listening = listening
-        self._registry = registry
-        self._snapshot = snapshot
+        self._source = source
+        self._feed = LiveFeed(source)
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
@@ -116,10 +84,13 @@ class AdminServer:
                 request = await asyncio.wait_for(_next_request(connection, reader), REQUEST_TIMEOUT_S)
             except h11.RemoteProtocolError as error:
                 if connection.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                    response = _text(HTTPStatus(error.error_status_hint))
+                    response = text(HTTPStatus(error.error_status_hint))
                     await _send(connection, writer, response, with_body=True, close=True)
                 return
             if request is None:
+                return
+            if request.method == b"GET" and request.target == _LIVE:
+                await self._stream(connection, writer)
                 return
             with_body = request.method != b"HEAD"
             await _send(connection, writer, self._answer(request), with_body=with_body, close=False)
@@ -127,11 +98,23 @@ class AdminServer:
                 return
             connection.start_next_cycle()
 
+    async def _stream(self, connection: h11.Connection, writer: asyncio.StreamWriter) -> None:
+        """Send events until the client is gone or takes none."""
+        try:
+            async with self._feed.watch() as events:
+                head = _head(HTTPStatus.OK, "text/event-stream", [("Connection", "close")])
+                writer.write(connection.send(head) or b"")
+                async for event in events:
+                    writer.write(connection.send(h11.Data(data=event)) or b"")
+                    await asyncio.wait_for(writer.drain(), REQUEST_TIMEOUT_S)
+        except TooManyWatchersError:
+            await _send(connection, writer, text(HTTPStatus.SERVICE_UNAVAILABLE), with_body=True, close=True)
+
     def _answer(self, request: h11.Request) -> Response:
         if request.method not in (b"GET", b"HEAD"):
-            return _text(HTTPStatus.METHOD_NOT_ALLOWED)
+            return text(HTTPStatus.METHOD_NOT_ALLOWED)
         accept = b",".join(value for name, value in request.headers if name == b"accept")
-        return respond(request.target, accept.decode("ascii", "replace"), self._snapshot(), self._registry)
+        return respond(request.target, accept.decode("ascii", "replace"), self._source)
 
 
 async def _next_request(connection: h11.Connection, reader: asyncio.StreamReader) -> h11.Request | None:
@@ -160,19 +143,24 @@ async def _next_request(connection: h11.Connection, reader: asyncio.StreamReader
 async def _send(
     connection: h11.Connection, writer: asyncio.StreamWriter, response: Response, *, with_body: bool, close: bool
 ) -> None:
-    headers = [
-        ("Content-Type", response.content_type),
-        ("Content-Length", str(len(response.body))),
-        ("Cache-Control", "no-store"),
-        ("X-Content-Type-Options", "nosniff"),
-        ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"),
-    ]
+    headers = [("Content-Length", str(len(response.body)))]
     if close:
         headers.append(("Connection", "close"))
-    head = h11.Response(status_code=response.status.value, reason=response.status.phrase, headers=headers)
+    head = _head(response.status, response.content_type, headers)
     pieces = [connection.send(head)]
     if with_body:
         pieces.append(connection.send(h11.Data(data=response.body)))
     pieces.append(connection.send(h11.EndOfMessage()))
     writer.write(b"".join(piece for piece in pieces if piece))
     await asyncio.wait_for(writer.drain(), REQUEST_TIMEOUT_S)
+
+
+def _head(status: HTTPStatus, content_type: str, headers: Sequence[tuple[str, str]]) -> h11.Response:
+    always = [
+        ("Content-Type", content_type),
+        ("Cache-Control", "no-store"),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Content-Security-Policy", _POLICY),
+        ("Referrer-Policy", "no-referrer"),
+    ]
+    return h11.Response(status_code=status.value, reason=status.phrase, headers=[*always, *headers])

@@ -15,11 +15,15 @@ from dataclasses import dataclass, field
 
 from hsm.pool import TokenEndpoints
 from tlsproxy.config import Config
+from tlsproxy.serve.anatomy import SlowHandshake
 from tlsproxy.tls.context import TicketKey
 
 MAX_STATUS_BYTES = 4096
 HEARTBEAT_S = 1.0
+MAX_LINES_PER_S = 5000
+"""One that sends more would keep the supervisor from its other work."""
 _LENGTH = struct.Struct("<I")
+_SLOW_HANDSHAKE = "slow_handshake"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +100,20 @@ class Status:
         """Return the JSON line."""
         return json.dumps({"state": self.state.value, "error": self.error[:1024]}).encode() + b"\n"
 
-    @classmethod
-    def from_line(cls, line: bytes) -> Status:
-        """Return the status in `line`. Raises ValueError for anything a worker of this version doesn't send."""
-        try:
-            document = json.loads(line)
-        except RecursionError:
-            raise ValueError("expected a flat JSON object") from None
-        if not isinstance(document, dict) or not isinstance(document.get("error"), str):
-            raise ValueError("expected a JSON object with the keys state and error")
-        return cls(State(document.get("state")), document["error"])
+
+def slow_handshake_line(handshake: SlowHandshake) -> bytes:
+    """Return the JSON line that tells of one of the slowest handshakes."""
+    return json.dumps({_SLOW_HANDSHAKE: handshake.to_document()}).encode() + b"\n"
+
+
+def parse_line(line: bytes) -> Status | SlowHandshake:
+    """Return what a proxy worker says. Raises ValueError for anything that one of this version doesn't send."""
+    try:
+        document = json.loads(line)
+    except RecursionError:
+        raise ValueError("expected a flat JSON object") from None
+    if isinstance(document, dict) and _SLOW_HANDSHAKE in document:
+        return SlowHandshake.from_document(document[_SLOW_HANDSHAKE])
+    if not isinstance(document, dict) or not isinstance(document.get("error"), str):
+        raise ValueError("expected a JSON object with the keys state and error")
+    return Status(State(document.get("state")), document["error"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -15,10 +15,11 @@ from prometheus_client import CollectorRegistry
 import tlsproxy
 from hsm.metrics import CIRCUIT_STATE, TOKEN_UP
 from hsm.metrics import FAMILIES as HSM_FAMILIES
-from hsm.metricstore import MetricStore, read_samples
+from hsm.metricstore import Family, MetricStore, read_samples
 from tlsproxy import metrics
-from tlsproxy.metrics import StoreCollector, merge_stores
+from tlsproxy.metrics import Merged, StoreCollector, merge_stores
 from tlsproxy.serve import rates
+from tlsproxy.serve.anatomy import SlowHandshake, slowest
 from tlsproxy.serve.generation import Generation
 from tlsproxy.serve.snapshot import CertificateView, ListenerView, Snapshot, WorkerView
 from tlsproxy.serve.status import status_document
@@ -56,6 +57,10 @@ class Figures:
         """Count a proxy worker started in place of another."""
         self._store.values[self._restarts] += 1.0
 
+    def ticket_key_made(self) -> None:
+        """Take note that session tickets are encrypted with a new key from now on."""
+        self._store.values[self._store.gauge(metrics.TICKET_KEY_CREATED)] = time()
+
     def count_reload(self, result: str) -> None:
         """Count a reload."""
         self._store.values[self._store.counter(metrics.CONFIG_RELOADS, (result,))] += 1.0
@@ -80,6 +85,14 @@ class Figures:
             self._window.lately(monotonic(), merge_stores(self._counting_fds(), rates.COUNTED)),
             draining_workers=sum(worker.pid is not None for generation in draining for worker in generation.workers),
         )
+
+    def read(self, families: Mapping[str, Family]) -> Merged:
+        """Return the present values of `families`, by name, over all processes."""
+        return merge_stores(self._fds(), families)
+
+    def slowest(self) -> list[SlowHandshake]:
+        """Return the slowest handshakes of late."""
+        return slowest(worker.slowest for generation in self._generations() for worker in generation.workers)
 
     def snapshot(self) -> Snapshot:
         """Return the state of the whole."""

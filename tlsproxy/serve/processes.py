@@ -14,7 +14,9 @@ from time import monotonic
 
 from hsm.metricstore import MetricStore, create_store
 from tlsproxy.errors import StartupError
+from tlsproxy.serve.anatomy import SlowestHandshakes, SlowHandshake
 from tlsproxy.serve.control import (
+    MAX_LINES_PER_S,
     MAX_STATUS_BYTES,
     Command,
     Drain,
@@ -22,6 +24,7 @@ from tlsproxy.serve.control import (
     State,
     Status,
     encode_command,
+    parse_line,
 )
 
 READY_TIMEOUT_S = 30.0
@@ -58,6 +61,10 @@ class ProxyWorker:
         self.ready = False
         self.closed = False
         """There are no metrics any more."""
+        self.slowest = SlowestHandshakes()
+        """As the process has told."""
+        self._lines = 0
+        self._lines_since_s = monotonic()
         self._make_spec = make_spec
         self._environment = environment
         self._on_restart = on_restart
@@ -157,7 +164,12 @@ class ProxyWorker:
         """Take the worker's word. One that doesn't keep to the protocol is not to be trusted with clients either."""
         try:
             while line := await self._read_line(reader):
-                status = Status.from_line(line)
+                self._count_line()
+                status = parse_line(line)
+                if isinstance(status, SlowHandshake):
+                    self.slowest.rotate()
+                    self.slowest.add(status)
+                    continue
                 self.ready = status.state is State.READY and not self._stopping
                 if status.state is State.FAILED:
                     _logger.error("proxy worker failed", extra={"worker": self.index, "error": status.error})
@@ -177,6 +189,15 @@ class ProxyWorker:
     async def _read_line(self, reader: asyncio.StreamReader) -> bytes:
         """Wait for the next line; a worker that serves sends one each second. Raises TimeoutError."""
         return await asyncio.wait_for(reader.readline(), self._hang_timeout_s if self.ready else None)
+
+    def _count_line(self) -> None:
+        """Raises ValueError for too many in too short a time."""
+        now = monotonic()
+        if now - self._lines_since_s > 1.0:
+            self._lines, self._lines_since_s = 0, now
+        self._lines += 1
+        if self._lines > MAX_LINES_PER_S:
+            raise ValueError(f"at most {MAX_LINES_PER_S} lines a second expected")
 
     def _zero_gauges(self) -> None:
         """Nothing is in flight in a process that is gone: opening its store says so. A spoilt store is replaced."""

@@ -86,10 +86,10 @@ def _quantiles(bounds: Sequence[float], values: Sequence[float]) -> Quantiles | 
     total = sum(counts)
     if total <= 0:
         return None
-    return Quantiles(_quantile(0.5, bounds, counts, total), _quantile(0.99, bounds, counts, total))
+    return Quantiles(quantile(0.5, bounds, counts, total), quantile(0.99, bounds, counts, total))
 
 
-def _quantile(share: float, bounds: Sequence[float], counts: Sequence[float], total: float) -> float:
+def quantile(share: float, bounds: Sequence[float], counts: Sequence[float], total: float) -> float:
     """Interpolate within the bucket, as Prometheus' histogram_quantile does; beyond the last bound, return that."""
     rank = share * total
     lower = 0.0

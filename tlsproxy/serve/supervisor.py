@@ -55,6 +55,7 @@ class Supervisor:
         self._generations: list[Generation] = []
         """The one in force first, then those that are draining."""
         self._figures = Figures(lambda: self._generations)
+        self._figures.ticket_key_made()
         self._host = Host(lambda: self._ticket_keys, self._figures.count_restart, self._figures.absorb)
         self._admin: AdminServer | None = None
         self._reloading = asyncio.Lock()
@@ -197,13 +198,14 @@ class Supervisor:
         admin = self._current.config.admin
         if admin is not None:
             (listening,) = self._current.sockets.for_worker(admin.address, 0, 1)
-            self._admin = AdminServer(listening.dup(), self._figures.registry, self._figures.snapshot)
+            self._admin = AdminServer(listening.dup(), self._figures)
             await self._admin.start()
 
     async def _rotate_ticket_keys(self) -> None:
         while True:
             await asyncio.sleep(TICKET_KEY_LIFETIME_S)
             self._ticket_keys = (TicketKey.generate(), *self._ticket_keys[:_OLD_TICKET_KEYS])
+            self._figures.ticket_key_made()
             for generation in self._generations:
                 generation.send(NewTicketKeys(self._ticket_keys))
 

@@ -22,7 +22,17 @@ from hsm.metricstore import MetricStore
 from hsm.pool import SignerPool
 from tlsproxy import metrics
 from tlsproxy.config import ListenerMode
-from tlsproxy.serve.control import HEARTBEAT_S, Drain, NewTicketKeys, ProxyWorkerSpec, State, Status, decode_commands
+from tlsproxy.serve.anatomy import SlowHandshake
+from tlsproxy.serve.control import (
+    HEARTBEAT_S,
+    Drain,
+    NewTicketKeys,
+    ProxyWorkerSpec,
+    State,
+    Status,
+    decode_commands,
+    slow_handshake_line,
+)
 from tlsproxy.serve.counting import ListenerMetrics, UpstreamMetrics
 from tlsproxy.serve.listener import ListenerRuntime
 from tlsproxy.serve.sockets import BACKLOG
@@ -153,6 +163,14 @@ class Worker:
             upstream.close()
         await self.pool.close()
 
+    def take_slow_handshakes(self) -> list[SlowHandshake]:
+        """Return the slowest handshakes that no earlier call has returned."""
+        found = []
+        for runtime in self._listeners:
+            runtime.metrics.slowest.rotate()
+            found += runtime.metrics.slowest.take_new()
+        return found
+
     async def _measure_lag(self) -> None:
         while True:
             expected = monotonic() + _LAG_INTERVAL_S
@@ -183,7 +201,7 @@ async def _serve(spec: ProxyWorkerSpec, control: socket.socket, received: bytear
     worker = Worker(spec)
     await worker.start()
     reader, writer = await asyncio.open_connection(sock=control)
-    heartbeat = asyncio.create_task(_tell_ready(writer))
+    heartbeat = asyncio.create_task(_tell_supervisor(worker, writer))
     deadline_s = await _wait_for_drain(worker, reader, received, spec.config.drain_timeout_s)
     heartbeat.cancel()
     writer.write(Status(State.DRAINING).to_line())
@@ -193,9 +211,10 @@ async def _serve(spec: ProxyWorkerSpec, control: socket.socket, received: bytear
         await writer.wait_closed()
 
 
-async def _tell_ready(writer: asyncio.StreamWriter) -> None:
+async def _tell_supervisor(worker: Worker, writer: asyncio.StreamWriter) -> None:
     while True:
         writer.write(Status(State.READY).to_line())
+        writer.writelines(slow_handshake_line(handshake) for handshake in worker.take_slow_handshakes())
         await asyncio.sleep(HEARTBEAT_S)
 
 

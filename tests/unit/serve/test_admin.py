@@ -4,13 +4,20 @@ import asyncio
 import datetime
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from tlsproxy.serve import admin
+from hsm.metricstore import Family
+from tests.unit.serve.test_anatomy import HANDSHAKE
+from tlsproxy import metrics
+from tlsproxy.metrics import Merged
+from tlsproxy.serve import admin, live_feed
 from tlsproxy.serve.admin import AdminServer
+from tlsproxy.serve.anatomy import SlowHandshake
+from tlsproxy.serve.live_document import FAMILIES as LIVE_FAMILIES
 from tlsproxy.serve.snapshot import CertificateView, ListenerView, Snapshot, WorkerView
 
 
@@ -22,6 +29,16 @@ class Fixture:
         self.token_up = True
         self.name = "www"
         self.port = 0
+        self.merged: dict[str, dict[tuple[str, ...], tuple[float, ...]]] = {name: {} for name in LIVE_FAMILIES}
+        self.registry = CollectorRegistry()
+        Counter("requests", "Requests.", registry=self.registry).inc(5)
+
+    def read(self, families: Mapping[str, Family]) -> Merged:
+        assert families == LIVE_FAMILIES
+        return {name: dict(label_sets) for name, label_sets in self.merged.items()}
+
+    def slowest(self) -> list[SlowHandshake]:
+        return [HANDSHAKE]
 
     def snapshot(self) -> Snapshot:
         not_after = datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)
@@ -51,11 +68,9 @@ class Fixture:
 @pytest.fixture
 async def fixture() -> AsyncIterator[Fixture]:
     made = Fixture()
-    registry = CollectorRegistry()
-    Counter("requests", "Requests.", registry=registry).inc(5)
     listening = socket.create_server(("127.0.0.1", 0))
     made.port = listening.getsockname()[1]
-    server = AdminServer(listening, registry, made.snapshot)
+    server = AdminServer(listening, made)
     await server.start()
     yield made
     await server.close()
@@ -86,17 +101,100 @@ async def test_healthz_asks_for_a_worker_and_readyz_for_a_token_too(fixture: Fix
     assert await verdicts() == (503, 503)
 
 
-async def test_the_status_page_shows_the_state_and_escapes_it(fixture: Fixture) -> None:
-    fixture.name = "<script>alert(1)</script>"
-    status, headers, body = await fixture.get("/")
-    page = body.decode()
-    assert status == 200
-    assert "script>" not in page.replace("&lt;script&gt;alert(1)&lt;/script&gt;", "")
+@pytest.mark.parametrize(
+    ("path", "content_type"),
+    [
+        ("/", "text/html; charset=utf-8"),
+        ("/app.js", "text/javascript; charset=utf-8"),
+        ("/app.css", "text/css; charset=utf-8"),
+        ("/icon.svg", "image/svg+xml"),
+    ],
+)
+async def test_the_status_page_is_files_that_may_load_nothing_from_elsewhere(
+    fixture: Fixture, path: str, content_type: str
+) -> None:
+    status, headers, body = await fixture.get(path)
+    assert (status, headers["content-type"]) == (200, content_type)
     assert "default-src 'none'" in headers["content-security-policy"]
-    for text in ("0.0.0.0:8443", "1000", "example.com", "(expired)", "4711", "Ready"):
-        assert text in page
+    assert "unsafe" not in headers["content-security-policy"]
+    assert b"https://" not in body
+    assert b"http://" not in body.replace(b"http://www.w3.org/2000/svg", b"")
+
+
+async def test_the_slowest_handshakes_as_json(fixture: Fixture) -> None:
+    status, headers, body = await fixture.get("/handshakes/slowest")
+    assert (status, headers["content-type"]) == (200, "application/json")
+    assert json.loads(body) == [HANDSHAKE.to_document()]
+
+
+class Watcher:
+    """One who reads /live."""
+
+    @classmethod
+    async def open(cls, port: int) -> Watcher:
+        watcher = cls()
+        watcher.reader, watcher.writer = await asyncio.open_connection("127.0.0.1", port)
+        watcher.writer.write(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        watcher.head = (await watcher.reader.readuntil(b"\r\n\r\n")).decode()
+        return watcher
+
+    async def document(self) -> dict[str, Any]:
+        while not (line := await self.reader.readline()).startswith(b"data: "):
+            assert line
+        document: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
+        return document
+
+    def close(self) -> None:
+        self.writer.transport.abort()
+
+
+async def test_the_state_is_streamed(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_feed, "INTERVAL_S", 0.01)
+    watcher = await Watcher.open(fixture.port)
+    assert watcher.head.startswith("HTTP/1.1 200")
+    assert "content-type: text/event-stream" in watcher.head.lower()
+    document = await watcher.document()
+    assert (document["ready"], document["handshakes"]["full"], document["handshakes"]["duration"]) == (True, 0, None)
+    assert document["certificates"][0]["days_left"] < 0
+    assert document["slowest"] == [HANDSHAKE.to_document()]
+    fixture.merged[metrics.HANDSHAKES.name]["0.0.0.0:8443", "ok", "false", "TLSv1.3"] = (5.0,)
     fixture.token_up = False
-    assert "Not ready" in (await fixture.get("/"))[2].decode()
+    documents = [await watcher.document() for _ in range(20)]
+    assert sum(document["handshakes"]["full"] > 0 for document in documents) == 1
+    assert not documents[-1]["ready"]
+    watcher.close()
+
+
+async def test_watchers_beyond_the_limit_are_told_so(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_feed, "MAX_WATCHERS", 1)
+    monkeypatch.setattr(live_feed, "INTERVAL_S", 0.01)
+    first = await Watcher.open(fixture.port)
+    second = await Watcher.open(fixture.port)
+    assert second.head.startswith("HTTP/1.1 503")
+    for watcher in (first, second):
+        watcher.close()
+    for _ in range(100):
+        third = await Watcher.open(fixture.port)
+        third.close()
+        if third.head.startswith("HTTP/1.1 200"):
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("the first one's place was never free")
+
+
+async def test_nothing_is_read_while_nobody_watches(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_feed, "INTERVAL_S", 0.01)
+    watcher = await Watcher.open(fixture.port)
+    await watcher.document()
+    watcher.close()
+    reads = []
+    monkeypatch.setattr(fixture, "read", lambda families: reads.append(1) or fixture.merged)
+    for _ in range(100):
+        before = len(reads)
+        await asyncio.sleep(0.05)
+        if len(reads) == before:
+            return
+    raise AssertionError("it never stopped")
 
 
 async def test_head_has_no_body_and_the_length_of_get(fixture: Fixture) -> None:

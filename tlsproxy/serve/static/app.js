@@ -1,0 +1,166 @@
+// The live status page: one document a second from /live, shown as tiles, charts and tables.
+
+import { Chart } from "/chart.js";
+import { Table } from "/table.js";
+
+const PHASES = ["client_hello", "certificate", "queue", "sign", "client", "finish"];
+const SILENCE_MS = 5000;
+
+const byId = (id) => document.getElementById(id);
+const count = (value) => Math.round(value).toLocaleString("en");
+const rate = (value) => (value >= 100 || value === 0 ? count(value) : value.toPrecision(2));
+
+function duration(seconds) {
+  if (seconds === 0) return "0 ms";
+  if (seconds >= 1) return `${seconds.toFixed(2)} s`;
+  if (seconds >= 0.001) return `${(seconds * 1000).toPrecision(3)} ms`;
+  return `${(seconds * 1e6).toFixed(0)} µs`;
+}
+
+const quantiles = (values) => (values === null ? "none" : values.map(duration).join(" / "));
+
+// The state, in the heading.
+
+const state = byId("state");
+let silence = 0;
+
+function tell(text, look) {
+  // Said aloud by screen readers: only when it changes.
+  if (state.textContent !== text) state.textContent = text;
+  state.className = `badge ${look}`;
+  document.body.classList.toggle("stale", look === "");
+}
+
+function lost() {
+  tell("Reconnecting", "");
+}
+
+// Tiles.
+
+const TILES = {
+  "Full handshakes": (d) => [rate(d.handshakes.full), "/s"],
+  "Resumed": (d) => [rate(d.handshakes.resumed), "/s"],
+  "Failed": (d) => [rate(d.handshakes.failed), "/s"],
+  "In flight": (d) => [count(d.handshakes.in_flight), ""],
+  "Handshake p99": (d) => [d.handshakes.duration === null ? "none" : duration(d.handshakes.duration[2]), ""],
+  "Requests": (d) => [rate(d.requests), "/s"],
+  "Connections": (d) => [count(d.connections), ""],
+};
+
+const tiles = Object.entries(TILES).map(([name, read]) => {
+  const tile = byId("tiles").appendChild(document.createElement("div"));
+  tile.appendChild(document.createElement("dt")).textContent = name;
+  const value = tile.appendChild(document.createElement("dd"));
+  const number = value.appendChild(document.createElement("span"));
+  const unit = value.appendChild(document.createElement("small"));
+  return (d) => { [number.textContent, unit.textContent] = read(d); };
+});
+
+// Charts.
+
+const rates = new Chart(byId("rates"), {
+  label: "Handshakes per second", names: ["full", "resumed", "failed"], format: rate, least: 1,
+});
+const durations = new Chart(byId("duration"), {
+  label: "Duration of full handshakes", names: ["p50", "p95", "p99"], format: duration, least: 0.001,
+});
+const phases = new Chart(byId("phases"), {
+  label: "Duration by phase", names: PHASES, format: duration, least: 0.0001,
+});
+const phaseHistory = [];
+
+function phaseValues(document_) {
+  const chosen = Number(document.querySelector("input[name=quantile]:checked").value);
+  return PHASES.map((phase) => document_.phases[phase]?.[chosen] ?? null);
+}
+
+function drawPhases() {
+  phases.points = phaseHistory.map((d) => ({ time: d.time, values: phaseValues(d) }));
+  if (phaseHistory.length) phases.draw();
+}
+
+byId("quantile").addEventListener("change", drawPhases);
+
+// Tables.
+
+const TABLES = [
+  [
+    "Tokens", ["Name", "State", "Circuit", "Signatures/s>", "Errors/s>", "Pending>", "Queue p50 / p95 / p99>", "Sign p50 / p95 / p99>"],
+    (d) => d.tokens.map((t) => [
+      t.name, t.up ? ["up", "good"] : ["down", "bad"], circuit(t.circuit), rate(t.signatures),
+      t.errors ? [rate(t.errors), "bad"] : "0", count(t.pending), quantiles(t.queue), quantiles(t.sign),
+    ]),
+  ],
+  [
+    "Upstreams", ["Name", "Requests/s>", "Errors/s>", "Active>", "Idle>"],
+    (d) => d.upstreams.map((u) => [
+      u.name, rate(u.requests), u.errors ? [rate(u.errors), "bad"] : "0", count(u.active), count(u.idle),
+    ]),
+  ],
+  [
+    "Certificates", ["Name", "Days left>", "Key", "Tokens", "For"],
+    (d) => d.certificates.map((c) => [c.name, daysLeft(c.days_left), c.key_type, c.tokens.join(", "), c.names.join(", ")]),
+  ],
+  [
+    "Listeners", ["Address", "Handshakes/s>", "Handshakes>", "Failed>", "Connections>"],
+    (d) => d.listeners.map((l) => [l.address, rate(l.ok), count(l.handshakes), count(l.failed), count(l.connections)]),
+  ],
+  [
+    "Proxy workers", ["Number", "Process>", "State"],
+    (d) => d.workers.map((w) => [`${w.index}`, w.pid === null ? "none" : `${w.pid}`, w.ready ? ["ready", "good"] : ["not ready", "bad"]]),
+  ],
+  [
+    "Failed handshakes, by result", ["Result", "Per second>"],
+    (d) => Object.entries(d.handshakes.failures).map(([result, value]) => [result, value ? [rate(value), "bad"] : "0"]),
+  ],
+  [
+    "Slowest full handshakes of the last minutes",
+    ["Ended", "Took>", ...PHASES.map((phase) => `${phase}>`), "Token", "Scheme", "TLS", "Listener"],
+    (d) => d.slowest.map((h) => [
+      new Date(h.ended_s * 1000).toLocaleTimeString(), duration(h.duration_s),
+      ...PHASES.map((phase) => duration(h.phases[`${phase}_s`])), h.token, h.scheme, h.tls_version, h.listener,
+    ]),
+  ],
+].map(([caption, columns, rows]) => {
+  const table = new Table(byId("tables"), caption, columns, "none yet");
+  return (d) => table.show(rows(d));
+});
+
+function circuit(states) {
+  const worst = ["open", "half_open"].find((name) => states.includes(name));
+  return worst ? [worst.replace("_", " "), worst === "open" ? "bad" : "warn"] : states.join(", ") || "none";
+}
+
+function daysLeft(days) {
+  if (days < 0) return ["expired", "bad"];
+  return days < 14 ? [`${days}`, "warn"] : `${days}`;
+}
+
+// The feed.
+
+function show(d) {
+  clearTimeout(silence);
+  silence = setTimeout(lost, SILENCE_MS);
+  byId("version").textContent = d.version;
+  if (d.ready) tell("Ready", "good");
+  else tell("Not ready: new clients cannot be served", "bad");
+  for (const update of tiles) update(d);
+  rates.add(d.time, [d.handshakes.full, d.handshakes.resumed, d.handshakes.failed]);
+  durations.add(d.time, d.handshakes.duration ?? [null, null, null]);
+  phaseHistory.push({ time: d.time, phases: d.phases });
+  while (phaseHistory[0].time < d.time - 120) phaseHistory.shift();
+  drawPhases();
+  for (const update of TABLES) update(d);
+}
+
+function connect() {
+  const events = new EventSource("/live");
+  events.onmessage = (event) => show(JSON.parse(event.data));
+  events.onerror = () => {
+    lost();
+    // After an answer that is no event stream the browser does not try again by itself.
+    if (events.readyState === EventSource.CLOSED) setTimeout(connect, 1000);
+  };
+}
+
+connect();
