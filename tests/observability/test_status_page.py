@@ -1,0 +1,220 @@
+"""The live status page in a real browser (headless Chromium), against a real proxy."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from hsm.messages import KeyType
+from tests.backends import backend
+from tests.proxy import Proxy, make_site, running_proxy, site_config
+
+KEYS = {"www": KeyType.ECDSA_P256}
+DESKTOP, PHONE = (1280, 900), (390, 844)
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+CONTRASTS = """
+const luminance = (colour) => {
+  const [r, g, b] = colour.match(/[0-9.]+/g).map(Number).map((c) => c / 255)
+    .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const background = (element) => {
+  for (; element; element = element.parentElement) {
+    const colour = getComputedStyle(element).backgroundColor;
+    if (!colour.startsWith("rgba(0, 0, 0, 0")) return colour;
+  }
+};
+const contrast = (colour, element) => {
+  const [low, high] = [luminance(colour), luminance(background(element))].sort((a, b) => a - b);
+  return (high + 0.05) / (low + 0.05);
+};
+const found = [];
+const texts = "h1, h2, .badge, a, dt, dd, small, th, td, caption, label, legend, b, li";
+for (const element of document.querySelectorAll(texts))
+  if (element.textContent)
+    found.push(["text", element.textContent, contrast(getComputedStyle(element).color, element)]);
+for (const element of document.querySelectorAll("svg text"))
+  found.push(["text", element.textContent, contrast(getComputedStyle(element).fill, element.closest("section"))]);
+for (const line of document.querySelectorAll(".series"))
+  found.push(["line", line.getAttribute("class"), contrast(getComputedStyle(line).stroke, line.closest("section"))]);
+return found;
+"""
+
+
+class Browser:
+    """What a test does with the page; it may wait for it, in a thread."""
+
+    def __init__(self, driver: webdriver.Chrome) -> None:
+        self.driver = driver
+
+    def resize(self, size: tuple[int, int]) -> None:
+        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def prefer(self, scheme: str) -> None:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def run(self, script: str) -> Any:
+        return self.driver.execute_script(script)
+
+    def text(self, selector: str) -> str:
+        return self.driver.find_element(By.CSS_SELECTOR, selector).text
+
+    def cells(self, caption: str) -> list[str]:
+        """Return the first row of a table."""
+        return [
+            cell.text
+            for cell in self.driver.find_elements(By.CSS_SELECTOR, f"[aria-label^='{caption}'] tbody tr:first-child td")
+        ]
+
+    def label(self, chart: str) -> str:
+        return str(self.run(f"return document.querySelector('#{chart} svg').getAttribute('aria-label')"))
+
+    def press(self, key: str) -> str:
+        """Press a key where the focus is; return what has the focus then."""
+        webdriver.ActionChains(self.driver).send_keys(key).perform()
+        return str(
+            self.run(
+                "const e = document.activeElement; return e.getAttribute('aria-label') ?? e.value ?? e.textContent"
+            )
+        )
+
+    def complaints(self) -> list[str]:
+        """Return what the console has, but for connections refused while there is no proxy."""
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["source"] != "network"]
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    for _ in range(300):
+        if await asyncio.to_thread(condition):
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"never: {what}")
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    options = webdriver.ChromeOptions()
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'chromium'}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    options.binary_location = "/usr/bin/chromium"
+    driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
+    driver.set_page_load_timeout(30)
+    yield Browser(driver)
+    driver.quit()
+
+
+@contextlib.asynccontextmanager
+async def under_load(proxy: Proxy) -> AsyncIterator[None]:
+    async def load() -> None:
+        while True:
+            await proxy.get()
+            await asyncio.sleep(0.02)
+
+    task = asyncio.create_task(load())
+    yield
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def open_page(browser: Browser, proxy: Proxy) -> None:
+    browser.driver.get(f"http://127.0.0.1:{proxy.admin_port}/")
+
+
+async def test_it_shows_the_figures_and_keeps_up_with_them(tmp_path: Path, browser: Browser) -> None:
+    make_site(tmp_path, KEYS)
+    async with backend() as app, running_proxy(tmp_path, site_config(tmp_path, KEYS, f"127.0.0.1:{app.port}")) as proxy:
+        browser.resize(DESKTOP)
+        async with under_load(proxy):
+            await asyncio.to_thread(open_page, browser, proxy)
+            await until(lambda: browser.text("#state") == "Ready", "connected")
+            await until(lambda: "full 0," not in browser.label("rates"), "handshakes are counted")
+            await until(lambda: " ms" in browser.label("duration"), "durations are measured")
+            first = browser.label("duration")
+            await until(lambda: browser.label("duration") != first, "an update")
+            await until(
+                lambda: browser.run("return document.querySelector('#phases path.s3').getAttribute('d').length") > 20,
+                "a line",
+            )
+            assert browser.cells("Tokens")[:3] == ["local", "up", "closed"]
+            assert browser.cells("Certificates")[0] == "www"
+            assert browser.cells("Upstreams")[0] == "app"
+            assert browser.cells("Listeners")[0] == proxy.config["listeners"][0]["address"]
+            await until(lambda: "ecdsa_secp256r1_sha256" in browser.cells("Slowest"), "slow handshakes")
+        await asyncio.to_thread(keyboard_reaches_everything, browser)
+        for size in (DESKTOP, PHONE):
+            browser.resize(size)
+            assert browser.run("return document.documentElement.scrollWidth") <= size[0]
+        for scheme in ("light", "dark"):
+            browser.prefer(scheme)
+            contrasts = browser.run(CONTRASTS)
+            assert len(contrasts) > 100
+            assert [found for found in contrasts if found[2] < {"text": 4.5, "line": 3.0}[found[0]]] == []
+        assert browser.complaints() == []
+
+
+def keyboard_reaches_everything(browser: Browser) -> None:
+    """Tab goes through links, the choice of quantile and the tables that may need scrolling, in that order."""
+    browser.run("document.activeElement.blur()")
+    expected = [
+        "Skip to the figures",
+        "Metrics",
+        "Slowest handshakes",
+        "Health",
+        "Readiness",
+        "0",
+        "Tokens",
+        "Upstreams",
+    ]
+    assert [browser.press(Keys.TAB) for _ in expected] == expected
+    before = browser.label("phases")
+    browser.run("document.querySelector('input[name=quantile]').focus()")
+    assert browser.press(Keys.ARROW_RIGHT) == "1"
+    assert browser.label("phases") != before
+
+
+async def test_it_comes_back_when_the_proxy_is_restarted(tmp_path: Path, browser: Browser) -> None:
+    make_site(tmp_path, KEYS)
+    config = site_config(tmp_path, KEYS, "127.0.0.1:9")
+    async with running_proxy(tmp_path, config) as proxy:
+        await asyncio.to_thread(open_page, browser, proxy)
+        await until(lambda: browser.text("#state") == "Ready", "connected")
+    await until(lambda: browser.text("#state") == "Reconnecting", "it notices that the proxy is gone")
+    async with running_proxy(tmp_path, config) as proxy:
+        await until(lambda: browser.text("#state") == "Ready", "connected again")
+        await proxy.handshake()
+        await until(lambda: browser.cells("Listeners")[2] == "1", "figures of the new proxy")
+    assert browser.complaints() == []
+
+
+async def test_it_says_when_clients_cannot_be_served(tmp_path: Path, browser: Browser) -> None:
+    make_site(tmp_path, KEYS)
+    async with running_proxy(tmp_path, site_config(tmp_path, KEYS, "127.0.0.1:9")) as proxy:
+        await asyncio.to_thread(open_page, browser, proxy)
+        await until(lambda: browser.text("#state") == "Ready", "connected")
+        (tmp_path / "token").rename(tmp_path / "token.away")
+        for worker in proxy.hsm_workers:
+            os.kill(worker, signal.SIGKILL)
+        await until(lambda: browser.text("#state").startswith("Not ready"), "not ready")
+        assert browser.cells("Tokens")[1] == "down"
