@@ -92,22 +92,32 @@ class WorkerGroup:
         log_level: LogLevel = "info",
         log_format: LogFormat = "text",
         hang_timeout_s: float = 10.0,
+        run_as: tuple[int, ...] = (),
+        client: tuple[int, ...] = (),
     ) -> None:
         """Make the sockets, in `directory` (made with mode 0700 if it is not there). Workers log to stderr.
 
-        A worker that is ready and then gives no sign of life for `hang_timeout_s` is killed and replaced.
+        A worker that is ready and then gives no sign of life for `hang_timeout_s` is killed and replaced. Started by
+        root, workers become the user `run_as`, and take requests from the user `client`, who can enter the directory:
+        both are uid, gid and supplementary gids, or empty for the user this process runs as.
 
         Raises TokenConfigError, and OSError when a socket cannot be made.
         """
         if not _NAME.fullmatch(token.name):
             raise TokenConfigError(f"token name {token.name!r}: expected letters, digits and ._- (at most 64)")
-        make_private(directory)
+        group = client[1] if client else None
+        make_private(directory, group)
         self.token = token
         self._paths = [os.path.join(directory, f"{token.name}-{n}.sock") for n in range(token.workers)]
-        self._listeners = [_listen(path) for path in self._paths]
+        self._listeners = [_listen(path, group) for path in self._paths]
         self.metric_fds: tuple[int, ...] = tuple(create_store() for _ in self._paths)
         """The workers' MetricStores: they last as long as the group, whatever happens to a worker."""
-        fields = _spec_fields(token) | {"log_level": log_level, "log_format": log_format}
+        fields = _spec_fields(token) | {
+            "log_level": log_level,
+            "log_format": log_format,
+            "run_as": run_as,
+            "allowed_uid": client[0] if client else os.getuid(),
+        }
         self._workers = [
             WorkerProcess(
                 fields | {"listen_fd": listener.fileno(), "metrics_fd": metrics_fd},
@@ -219,15 +229,23 @@ def _spec_fields(token: Token) -> dict[str, Any]:
     """Return the fields of a WorkerSpec that say which token."""
     fields = dataclasses.asdict(token)
     del fields["workers"]
-    return {"token": fields.pop("name"), "kind": token.kind, "allowed_uid": os.getuid(), **fields}
+    return {"token": fields.pop("name"), "kind": token.kind, **fields}
 
 
-def make_private(directory: str) -> None:
-    """Make `directory`, or see that nobody but this user can reach what is in it."""
+def make_private(directory: str, group: int | None = None) -> None:
+    """Make `directory`, or see that nobody but this user can reach what is in it.
+
+    With `group`, its members can open what they know the name of and may open. Raises TokenConfigError and OSError.
+    """
     with contextlib.suppress(FileExistsError):
         os.mkdir(directory, 0o700)
     found = os.lstat(directory)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+    if group is not None and stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
+        os.chown(directory, -1, group)
+        os.chmod(directory, 0o710)  # noqa: S103 - that group is to pass
+        found = os.lstat(directory)
+    others = 0o077 if group is None else 0o067
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & others:
         mode = stat.S_IMODE(found.st_mode)
         raise TokenConfigError(
             f"{directory}: expected a directory of uid {os.geteuid()} with mode 0700; "
@@ -235,14 +253,16 @@ def make_private(directory: str) -> None:
         )
 
 
-def _listen(path: str) -> socket.socket:
+def _listen(path: str, group: int | None) -> socket.socket:
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
         raise TokenConfigError(f"{path}: expected a path of at most {_MAX_SOCKET_PATH_BYTES} bytes for a Unix socket")
     Path(path).unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(path)
-        os.chmod(path, 0o600)
+        if group is not None:
+            os.chown(path, -1, group)
+        os.chmod(path, 0o600 if group is None else 0o660)
         listener.listen(_BACKLOG)
     except OSError:
         listener.close()

@@ -1,12 +1,16 @@
-"""Closes a process that will hold keys: to debuggers, core dumps, swap, privilege and inherited descriptors."""
+"""Closes a process that will hold keys: to debuggers, core dumps, swap, privilege and inherited descriptors.
+
+And takes on another user's identity, for a worker that was started by root.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _PR_SET_DUMPABLE = 4
@@ -26,8 +30,31 @@ def seal_process() -> None:
     Raises OSError if it stays dumpable or could gain privileges. Memory that cannot be locked is a warning.
     """
     forbid_dumps()
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    forbid_new_privileges()
     _lock_memory()
+
+
+def become(run_as: Sequence[int]) -> None:
+    """Become the user with the uid, gid and supplementary gids in `run_as`, for good; stay who we are if it is empty.
+
+    The limit on locked memory goes first, as only root may lift it. Afterwards others of that uid can neither trace
+    this process nor have it dump core. Raises OSError.
+    """
+    if not run_as:
+        return
+    uid, gid, *groups = run_as
+    # A container's root may not: then memory stays unlocked, and seal_process warns of it.
+    with contextlib.suppress(ValueError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    os.setgroups(groups)
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    forbid_dumps()
+
+
+def forbid_new_privileges() -> None:
+    """Keep this process and its children from gaining privileges by exec (PR_SET_NO_NEW_PRIVS). Raises OSError."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 def forbid_dumps() -> None:

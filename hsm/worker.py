@@ -29,7 +29,7 @@ from hsm.errors import HsmError, TokenError
 from hsm.messages import keys_to_json
 from hsm.metricstore import MetricStore
 from hsm.pin import read_pin, wipe
-from hsm.seal import close_descriptors, seal_process
+from hsm.seal import become, close_descriptors, seal_process
 from hsm.workerspec import MAX_SPEC_BYTES, SPEC_FD, WorkerSpec, WorkerSpecError
 
 _EXIT_FAILED = 1
@@ -54,6 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     inherited = (spec_fd, spec.listen_fd, spec.status_fd, spec.metrics_fd)
     close_descriptors(fd for fd in inherited if fd is not None)
     try:
+        become(spec.run_as)
         seal_process()
         _run(spec, spec_fd)
     except TokenError as error:

@@ -59,6 +59,8 @@ class WorkerSpec:
     """The shared memory of a MetricStore."""
     allowed_uid: int
     """Clients must have this uid (SO_PEERCRED) or the worker's own."""
+    run_as: tuple[int, ...] = ()
+    """A worker started by root becomes this user: uid, gid, supplementary gids. Empty: it stays who it is."""
     max_in_flight: int = 128
     """Requests one connection may have unanswered: the window of the worker's Hello."""
     log_level: LogLevel = "info"
@@ -125,8 +127,9 @@ class WorkerSpec:
         ]
         if missing:
             raise WorkerSpecError(f"{missing[0]}: expected a value; got nothing")
-        if "keys" in document:
-            document["keys"] = tuple(document["keys"])
+        for name in ("keys", "run_as"):
+            if name in document:
+                document[name] = tuple(document[name])
         return cls(**document)
 
 
@@ -136,7 +139,7 @@ def _is_of_type(value: object, hint: object) -> bool:
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return isinstance(value, list) and all(_is_of_type(item, typing.get_args(hint)[0]) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     assert isinstance(hint, type)
@@ -147,5 +150,5 @@ def _type_name(hint: object) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(map(repr, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
-        return "a list of strings"
+        return f"a list of {_type_name(typing.get_args(hint)[0])}"
     return str(getattr(hint, "__name__", hint))

@@ -384,6 +384,10 @@ class Config:
     """Where the sockets between the processes live."""
     drain_timeout_s: float
     """How long connections may take to finish once the proxy is told to end."""
+    user: str | None
+    """Whom proxy workers run as when the proxy is started by root: a name or a uid; None: as root."""
+    hsm_user: str | None
+    """Whom HSM workers run as, likewise."""
     hang_timeout_s: float
     """A worker process that gives no sign of life for so long is killed and replaced."""
     log: LogConfig

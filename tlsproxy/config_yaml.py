@@ -35,6 +35,7 @@ from tlsproxy.yaml_values import NOWHERE, read_listen_address, read_name
 
 _REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-[0-9]+")
 _HTTPS_URL = re.compile(r"https://[!-~]+|http://(127\.0\.0\.1|localhost)(:[0-9]+)?/?")
+_USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}|[0-9]{1,9}")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 Named = TypeVar("Named", TokenConfig, CertificateConfig, UpstreamConfig)
@@ -93,6 +94,8 @@ def _config(root: MappingReader, directory: Path) -> Config:
         workers=root.optional("workers", _workers, _cores()),
         runtime_dir=_runtime_dir(root, directory),
         drain_timeout_s=root.optional("drain_timeout", lambda value: value.duration(0.1, 86400), 30.0),
+        user=root.optional("user", _user, None),
+        hsm_user=root.optional("hsm_user", _user, None),
         hang_timeout_s=root.optional("hang_timeout", lambda value: value.duration(2, 3600), 10.0),
         log=LogConfig(
             level=log.optional("level", lambda value: value.choice(LogLevel), LogLevel.INFO),
@@ -117,6 +120,10 @@ def _config(root: MappingReader, directory: Path) -> Config:
     for reader in (log, hsm, root):
         reader.finish()
     return config
+
+
+def _user(value: Value) -> str:
+    return value.text("the name of a user or a uid", _USER)
 
 
 def _workers(value: Value) -> int:

@@ -38,6 +38,8 @@ class ProxyWorkerSpec:
     """For each of `config.listeners` the listening sockets to accept on, inherited."""
     tokens: tuple[TokenEndpoints, ...]
     metrics_fd: int
+    run_as: tuple[int, ...]
+    """The user to become: uid, gid, supplementary gids; empty: stay who one is."""
     ticket_keys: tuple[TicketKey, ...]
     """The first encrypts, all decrypt."""
 

@@ -22,6 +22,7 @@ from tlsproxy.serve.materials import Material
 from tlsproxy.serve.processes import ProxyWorker
 from tlsproxy.serve.sockets import ListeningSockets, open_sockets
 from tlsproxy.serve.tokens import TokenGroups
+from tlsproxy.serve.users import identity
 from tlsproxy.tls.context import TicketKey
 
 _STORE_SLOTS = 2048
@@ -101,6 +102,7 @@ class Generation:
             listener_fds=tuple(tuple(sock.fileno() for sock in sockets) for sockets in worker.listeners),
             tokens=self.tokens.endpoints,
             metrics_fd=worker.metrics_fd,
+            run_as=identity(self.config.user, "user"),
             ticket_keys=self._host.ticket_keys(),
         )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from hsm.errors import TokenConfigError
 from hsm.launcher import make_private
 from tlsproxy.errors import StartupError
+from tlsproxy.serve.users import identity
 
 COMMAND_SOCKET = "control.sock"
 
@@ -17,12 +18,16 @@ COMMAND_SOCKET = "control.sock"
 class RuntimeDirectory:
     """The directory, ours until closed."""
 
-    def __init__(self, path: Path) -> None:
-        """Make and lock it, and clear what an instance that was killed has left. Raises StartupError."""
+    def __init__(self, path: Path, user: str | None) -> None:
+        """Make and lock it, and clear what an instance that was killed has left; `user` may pass through it.
+
+        Raises StartupError.
+        """
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            make_private(str(path))
+            who = identity(user, "user")
+            make_private(str(path), who[1] if who else None)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for leftover in path.glob("hsm-*"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
@@ -76,6 +77,8 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self._reload_on_signal()))
         async with contextlib.AsyncExitStack() as stack:
             await self._start(stack)
+            if os.geteuid() == 0 and None in (self._config.user, self._config.hsm_user):
+                _logger.warning("workers run as root: set user and hsm_user")
             _logger.info("ready", extra={"workers": self._config.workers, "version": tlsproxy.__version__})
             if self._on_ready is not None:
                 self._on_ready()
@@ -93,7 +96,7 @@ class Supervisor:
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         stack.callback(self._figures.close)
-        runtime_directory = RuntimeDirectory(self._config.runtime_dir)
+        runtime_directory = RuntimeDirectory(self._config.runtime_dir, self._config.user)
         stack.callback(runtime_directory.close)
         generation = await bring_up(self._config, self._materials, None, NO_SOCKETS, self._host)
         self._generations.append(generation)
@@ -186,9 +189,11 @@ class Supervisor:
         self._generations.remove(old)
 
     def _expect_same_directory(self, config: Config) -> None:
-        present = self._current.config.runtime_dir
-        if config.runtime_dir != present:
-            raise StartupError(f"runtime_dir: expected {present}, in use until a restart; got {config.runtime_dir}")
+        present = self._current.config
+        for key in ("runtime_dir", "user"):
+            old, new = getattr(present, key), getattr(config, key)
+            if old != new:
+                raise StartupError(f"{key}: expected {old}, as it can change only by a restart; got {new}")
 
     async def _serve_admin(self) -> None:
         """Answer on the admin port of the generation in force, and no longer on another."""

@@ -21,6 +21,7 @@ from hsm.pool import TokenEndpoints
 from tlsproxy.config import Config, TokenConfig, TokenKind
 from tlsproxy.errors import ConfigError, Problem, StartupError
 from tlsproxy.serve.materials import Material, key_problems
+from tlsproxy.serve.users import identity
 
 READY_TIMEOUT_S = 30.0
 STRAGGLER_TIMEOUT_S = 3.0
@@ -34,7 +35,7 @@ _directory_numbers = itertools.count()
 class _Running:
     """The workers of a token, and all that they were started with."""
 
-    identity: tuple[object, ...]
+    started_with: tuple[object, ...]
     group: WorkerGroup
     directory: Path
 
@@ -53,14 +54,15 @@ class TokenGroups:
         self._new: list[WorkerGroup] = []
         for token in config.hsm.tokens:
             launched = _token(token, _keys_used(config, token.name))
-            identity = (launched, config.log.level, config.log.format, config.hang_timeout_s, *_stamps(token))
+            users = (config.user, config.hsm_user)
+            started_with = (launched, config.log, config.hang_timeout_s, users, *_stamps(token))
             present = None if previous is None else previous._running.get(token.name)
-            if present is not None and present.identity == identity and present.group.failure is None:
+            if present is not None and present.started_with == started_with and present.group.failure is None:
                 self._running[token.name] = present
             else:
                 directory = config.runtime_dir / f"hsm-{os.getpid()}-{next(_directory_numbers)}"
                 group = _group(launched, directory, config)
-                self._running[token.name] = _Running(identity, group, directory)
+                self._running[token.name] = _Running(started_with, group, directory)
                 self._new.append(group)
 
     async def __aenter__(self) -> TokenGroups:
@@ -182,6 +184,8 @@ def _group(token: Token, directory: Path, config: Config) -> WorkerGroup:
             log_level=config.log.level.value,
             log_format=config.log.format.value,
             hang_timeout_s=config.hang_timeout_s,
+            run_as=identity(config.hsm_user, "hsm_user"),
+            client=identity(config.user, "user"),
         )
     except TokenConfigError as error:
         raise StartupError(f"runtime_dir: {error}") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ import uvloop
 from hsm import logs
 from hsm.metricstore import MetricStore
 from hsm.pool import SignerPool
+from hsm.seal import become, forbid_new_privileges
 from tlsproxy import metrics
 from tlsproxy.config import ListenerMode
 from tlsproxy.serve.anatomy import SlowHandshake
@@ -275,6 +277,9 @@ def main(arguments: Sequence[str]) -> int:
     log = spec.config.log
     logs.configure(log.level.value, log.format.value, f"proxy-{spec.index}")
     try:
+        become(spec.run_as)
+        forbid_new_privileges()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         uvloop.run(_serve(spec, control, received))
     except Exception as error:
         _logger.exception("proxy worker failed")
