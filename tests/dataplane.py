@@ -46,7 +46,9 @@ SIGNER = Signer(AUTHORITY)
 CERTIFICATE = SIGNER.certificate(KeyType.ECDSA_P256, "localhost", name="www")
 CLIENT_CONTEXT = client_context(AUTHORITY)
 TIMEOUTS = ListenerTimeouts(handshake_s=10, header_s=10, body_idle_s=30, idle_s=60, tunnel_idle_s=3600)
-LIMITS = ListenerLimits(header_bytes=65536, body_bytes=0, connections=0, connections_per_client=0, handshakes=0)
+LIMITS = ListenerLimits(
+    header_bytes=65536, body_bytes=0, body_rate=0, connections=0, connections_per_client=0, handshakes=0
+)
 UPSTREAM_TIMEOUTS = UpstreamTimeouts(connect_s=2, response_s=30, idle_s=60, queue_s=5)
 
 

@@ -161,6 +161,8 @@ class ListenerLimits:
 
     header_bytes: int
     body_bytes: int
+    body_rate: int
+    """Bytes a second that a request's body is to come with, after pauses of `body_idle` altogether."""
     connections: int
     connections_per_client: int
     handshakes: int

@@ -110,7 +110,7 @@ def _timeouts(reader: MappingReader) -> ListenerTimeouts:
     timeouts = ListenerTimeouts(
         handshake_s=seconds("handshake", 10.0),
         header_s=seconds("header", 10.0),
-        body_idle_s=seconds("body_idle", 30.0),
+        body_idle_s=seconds("body_idle", 20.0),
         idle_s=seconds("idle", 60.0),
         tunnel_idle_s=seconds("tunnel_idle", 3600.0),
     )
@@ -125,6 +125,7 @@ def _limits(reader: MappingReader) -> ListenerLimits:
     limits = ListenerLimits(
         header_bytes=reader.optional("header_bytes", lambda value: value.size(1 << 10, 1 << 20), 64 << 10),
         body_bytes=reader.optional("body_bytes", lambda value: value.size(0, _MAX_BODY_BYTES), 0),
+        body_rate=reader.optional("body_rate", lambda value: value.size(0, 1 << 30), 256),
         connections=count("connections", 20_000),
         connections_per_client=count("connections_per_client", 0),
         handshakes=count("handshakes", 2048),

@@ -18,6 +18,7 @@ from tlsproxy.http.affinity import hash_key
 from tlsproxy.http.chunks import chunk, last_chunk
 from tlsproxy.http.codec import RequestHead, ResponseHead, ResponseReader
 from tlsproxy.http.forwarding import Hop, request_head, response_head
+from tlsproxy.http.pace import Pace
 from tlsproxy.http.routing import Route
 from tlsproxy.http.syntax import Field
 from tlsproxy.serve.servers import Server
@@ -50,6 +51,7 @@ class Exchange:
         "_response_timeout_s",
         "_started",
         "_tried",
+        "pace",
         "request",
         "route",
         "started_s",
@@ -62,6 +64,8 @@ class Exchange:
         self.route = route
         self.upstream = upstream
         self.started_s = monotonic()
+        self.pace: Pace | None = None
+        """Of the request's body, once it has been waited for."""
         self._connection: UpstreamConnection | None = None
         self._pending: list[bytes] = []
         self._request_ended = False

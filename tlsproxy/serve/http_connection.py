@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tlsproxy.errors import HttpError, UpstreamError
 from tlsproxy.http.codec import RequestHead, RequestReader
 from tlsproxy.http.forwarding import client_address
+from tlsproxy.http.pace import Pace
 from tlsproxy.http.replies import own_reply, redirect_reply
 from tlsproxy.http.routing import Route, redirect_location
 from tlsproxy.serve.client import ClientConnection, PauseReason, Phase
@@ -102,6 +103,7 @@ class HttpConnection(ClientConnection):
                 self._exchange.client_drained()
         else:
             self.pause(PauseReason.CLIENT)
+            self._set_deadline()
             self.deadline = monotonic() + self.runtime.config.timeouts.body_idle_s
 
     def open_timeout(self, now_s: float) -> None:
@@ -237,6 +239,8 @@ class HttpConnection(ClientConnection):
                 return True
         if not exchange.request_ended:
             data = reader.read_body()
+            if data and exchange.pace is not None:
+                exchange.pace.received(len(data), monotonic())
             exchange.send(data, last=reader.at_end, trailers=reader.trailers)
             self._set_deadline()
             if reader.has_more or self._exchange is None:
@@ -295,8 +299,10 @@ class HttpConnection(ClientConnection):
             self._advance()
 
     def _set_deadline(self) -> None:
-        """Between requests the client has `idle` seconds, while its body is awaited `body_idle` for each piece."""
+        """Between requests the client has `idle` seconds; its body is to come at a certain pace."""
         exchange = self._exchange
+        if exchange is not None and exchange.pace is not None and (exchange.request_ended or self.is_paused):
+            exchange.pace.stop(monotonic())
         if self.write_paused:
             return
         if exchange is None:
@@ -304,7 +310,9 @@ class HttpConnection(ClientConnection):
         elif exchange.request_ended or self.is_paused:
             self.deadline = math.inf
         else:
-            self.deadline = monotonic() + exchange.route.config.body_idle_s
+            if exchange.pace is None:
+                exchange.pace = Pace(exchange.route.config.body_idle_s, self.runtime.config.limits.body_rate)
+            self.deadline = exchange.pace.wait(monotonic())
 
     def _refuse(self, error: HttpError) -> None:
         """Answer a request that broke a rule or a limit, and close: where the next one starts is not known."""

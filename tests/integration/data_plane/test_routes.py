@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 
 from tests.backends import BackendConnection, always, backend, ok
@@ -108,11 +109,6 @@ async def test_hsts_is_sent_with_answers_and_errors_alike() -> None:
 
 
 async def test_limits_and_timeouts_of_a_route_override_the_listeners() -> None:
-    async def silent(connection: BackendConnection) -> None:
-        await connection.head()
-        while await connection.read():
-            pass
-
     async with backend(silent) as server, backend(always(ok())) as quick:
         routes = [
             {"path": "/upload", "body_bytes": 0},
@@ -136,6 +132,28 @@ async def test_limits_and_timeouts_of_a_route_override_the_listeners() -> None:
             await until(lambda: len(server.connections) == 2 and server.connections[1].received.endswith(b"1"))
             running.sweep()
             assert (await client.response()).status == 408
+
+
+async def silent(connection: BackendConnection) -> None:
+    await connection.head()
+    while await connection.read():
+        pass
+
+
+async def test_a_body_that_trickles_is_cut_off_though_it_never_pauses() -> None:
+    async with (
+        backend(silent) as server,
+        data_plane(server.port, timeouts={"body_idle_s": 0.3}, limits={"body_rate": 1 << 20}) as running,
+    ):
+        client = await running.connect()
+        await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n")
+        answer = asyncio.create_task(client.response())
+        while not answer.done():
+            await client.send(b"x")
+            await asyncio.sleep(0.02)
+            running.sweep()
+        assert answer.result().status == 408
+        assert running.counted("tlsproxy_http_rejected_total") == {("body_timeout",): 1}
 
 
 async def test_only_a_trusted_proxy_is_believed() -> None:
