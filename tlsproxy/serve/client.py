@@ -20,6 +20,7 @@ from tlsproxy.proxy_protocol import (
     Endpoints,
     ProxyProtocolError,
     TlsDetails,
+    own_header,
     parse_header,
     v1_header,
     v2_header,
@@ -89,6 +90,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         "_lingered_bytes",
         "_negotiated",
         "_paused",
+        "_peer",
         "_proxied",
         "_proxy_header",
         "_sign_failure",
@@ -114,6 +116,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         self._transport: asyncio.Transport
         self._tls: TlsConnection | PlainConnection
         self._paused = PauseReason(0)
+        self._peer: Address
         self._proxy_header = b""
         self._proxied: Endpoints | None = None
         self._negotiated: HandshakeComplete | None = None
@@ -164,18 +167,20 @@ class ClientConnection(asyncio.Protocol, ABC):
         """Begin, unless a limit is reached."""
         # uvloop's transports are no subclasses of asyncio's.
         self._transport = cast("asyncio.Transport", transport)
-        if not self.runtime.admit(self):
+        peer = transport.get_extra_info("peername")
+        # A client that has left again already has no address any more.
+        if peer is None or not self.runtime.admit(self):
             self._transport.abort()
             return
+        self._peer = Address(peer[0].removeprefix("::ffff:"), peer[1])
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self._tls = PlainConnection()
         self._accepted_s = monotonic()
-        peer_ip = transport.get_extra_info("peername")[0].removeprefix("::ffff:")
-        if self.runtime.expects_proxy_header(peer_ip):
+        if self.runtime.expects_proxy_header(self._peer.host):
             self.phase = Phase.PROXY_HEADER
             self.deadline = self._accepted_s + self.runtime.config.timeouts.handshake_s
         else:
-            self._start(peer_ip)
+            self._start(self._peer.host)
 
     def _start(self, client_ip: str) -> None:
         """Begin the handshake or, without TLS, what the connection is for."""
@@ -202,10 +207,8 @@ class ClientConnection(asyncio.Protocol, ABC):
         try:
             header = parse_header(self._proxy_header)
         except ProxyProtocolError as error:
-            peer = self._transport.get_extra_info("peername")[0]
-            _log.warning(
-                "bad PROXY protocol header", extra={"listener": self.runtime.name, "peer": peer, "reason": str(error)}
-            )
+            extra = {"listener": self.runtime.name, "peer": self._peer.host, "reason": str(error)}
+            _log.warning("bad PROXY protocol header", extra=extra)
             self.runtime.metrics.count_refused("proxy_protocol")
             self._refuse_connection()
             return
@@ -213,10 +216,8 @@ class ClientConnection(asyncio.Protocol, ABC):
             return
         rest, self._proxy_header = self._proxy_header[header.size :], b""
         self._proxied = header.endpoints
-        if header.endpoints is not None:
-            self._start(header.endpoints.client.host.removeprefix("::ffff:"))
-        else:
-            self._start(self._transport.get_extra_info("peername")[0].removeprefix("::ffff:"))
+        client = self._peer if header.endpoints is None else header.endpoints.client
+        self._start(client.host.removeprefix("::ffff:"))
         if rest and self.phase is not Phase.CLOSED:
             self.data_received(rest)
 
@@ -290,8 +291,11 @@ class ClientConnection(asyncio.Protocol, ABC):
         """Return what tells an upstream server who the client is."""
         endpoints = self._proxied
         if endpoints is None:
-            peer, own = map(self._transport.get_extra_info, ("peername", "sockname"))
-            endpoints = Endpoints(Address(self.client_ip, peer[1]), Address(own[0].removeprefix("::ffff:"), own[1]))
+            own = self._transport.get_extra_info("sockname")
+            if own is None:
+                # The client has left meanwhile.
+                return own_header(version)
+            endpoints = Endpoints(self._peer, Address(own[0].removeprefix("::ffff:"), own[1]))
         if version is ProxyProtocol.V1:
             return v1_header(endpoints)
         tls = self._negotiated
