@@ -18,7 +18,7 @@ help:
 	@echo "make test         run all tests (ARGS are pytest's)"
 	@echo "make conformance  run the HTTP conformance corpus through the real proxy"
 	@echo "make asan         run the engine's tests with its C code under AddressSanitizer and UBSan"
-	@echo "make bench        measure CPU per handshake against nginx, and the signer pool alone (minutes)"
+	@echo "make bench        compare with other servers; writes PERFORMANCE.md and perf/results (10 minutes)"
 	@echo "make soak         count 10,000 mixed handshakes exactly"
 	@echo "make lint         ruff, mypy --strict, import layers, clang-format"
 	@echo "make format       format Python and C"
@@ -57,9 +57,9 @@ conformance: build
 asan: system-packages build
 	@tests/asan/run.sh
 
-bench: build
-	@$(BIN)/python -m perf handshakes
-	@$(BIN)/python -m perf pool
+bench: system-packages build
+	@tests/system-packages.sh perf/system-packages.txt
+	@$(BIN)/python -m perf compare --output perf/results --update PERFORMANCE.md $(ARGS)
 
 soak: system-packages build
 	@HANDSHAKES=10000 $(BIN)/python -m pytest tests/observability/test_exact_counts.py $(ARGS)

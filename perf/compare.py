@@ -31,7 +31,7 @@ RUNS: dict[str, tuple[ModuleType, str]] = {
         handshakes,
         f"{_HSM_SERVERS} --key-type ecdsa-p256 {_LATENCIES} --concurrency 64 --turns 3 --seconds 1.5",
     ),
-    "storm": (storm, f"{_HSM_SERVERS} --turns 3 --seconds 3"),
+    "storm": (storm, f"{_HSM_SERVERS} --rate 700 --turns 3 --seconds 3"),
     "resumed": (handshakes, "--key-type ecdsa-p256 --resumed --turns 3 --seconds 1"),
     "requests": (requests, "--turns 5 --seconds 1"),
     "Python peers": (requests, f"{_PYTHON_SERVERS} --turns 2 --seconds 1"),

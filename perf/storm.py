@@ -78,12 +78,15 @@ def _part(quiet: Results, storm: Results, arguments: argparse.Namespace) -> Part
         )
         for (name, latency_s), series in storm.items()
     ]
+    storming = f"{arguments.concurrency} handshakes at a time"
+    if arguments.rate is not None:
+        storming = f"{arguments.rate:g} handshakes due each second, {storming} at most"
     title = "An established connection in a storm of handshakes"
     probes = {f"{case}, quiet": series.probes for case, series in quiet.items()}
     probes |= {str(case): series.probes for case, series in storm.items()}
     return Part(
         title,
-        f"{arguments.turns} turns of {arguments.seconds:g} s, {arguments.concurrency} handshakes at a time; "
+        f"{arguments.turns} turns of {arguments.seconds:g} s, {storming}; "
         f"meanwhile {arguments.probe_rate:g} requests a second on one connection, timed from when they were due.",
         Table(
             (

@@ -1,22 +1,23 @@
 #!/bin/sh
-# Installs what tests/system-packages.txt lists: as root on Debian and its kin. Elsewhere says what is missing.
+# Installs what tests/system-packages.txt, or the file given, lists: as root on Debian and its kin. Elsewhere says what is
+# missing.
 set -eu
 
-cd "$(dirname "$0")"
+list=${1:-$(dirname "$0")/system-packages.txt}
 if ! command -v dpkg-query >/dev/null; then
-    echo "not a Debian-like system: the tests expect the counterparts of tests/system-packages.txt to be installed" >&2
+    echo "not a Debian-like system: the counterparts of what $list lists are expected to be installed" >&2
     exit 0
 fi
 
 missing=
-for package in $(grep -v '^#' system-packages.txt); do
+for package in $(grep -v '^#' "$list"); do
     status=$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null || true)
     [ "$status" = installed ] || missing="$missing $package"
 done
 [ -n "$missing" ] || exit 0
 
 if [ "$(id -u)" -ne 0 ]; then
-    echo "the tests need these Debian packages; as root: apt-get install$missing" >&2
+    echo "these Debian packages are needed ($list); as root: apt-get install$missing" >&2
     exit 1
 fi
 echo "installing Debian packages:$missing" >&2
