@@ -92,6 +92,7 @@ class Tunnel:
     def upstream_ready(self, connection: UpstreamConnection) -> None:
         """Begin to pass bytes."""
         self._connection = connection
+        connection.succeeded()
         connection.owner = self
         connection.deadline = math.inf
         if self._pending:

@@ -91,9 +91,10 @@ class UpstreamConnection(asyncio.Protocol):
             self.abort()
 
     def eof_received(self) -> bool:
-        """Pass the end of input on."""
+        """Pass the end of input on. asyncio's TLS ends with it, whatever the owner says."""
         if self.owner is not None:
-            return self.owner.upstream_eof()
+            transport = self._transport
+            return self.owner.upstream_eof() and transport is not None and transport.can_write_eof()
         self.abort()
         return False
 

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from hsm.messages import KeyType
 from tests.backends import BackendConnection, Handler, always, backend, ok
-from tests.dataplane import AUTHORITY, DataPlane, TlsClient, data_plane, until
+from tests.dataplane import AUTHORITY, DataPlane, TlsClient, big, data_plane, until
 from tests.proxy import free_port
 from tests.unit.tls.peers import generate_key
 from tlsproxy.config import (
@@ -427,6 +427,55 @@ async def test_verification_can_be_off(tmp_path: Path) -> None:
     tls = UpstreamTlsConfig(False, None, None)
     async with backend(tls=tls_server(tmp_path)) as server, data_plane(server.port, upstream={"tls": tls}) as running:
         assert await bodies(await running.connect(), 1) == {b"hello": 1}
+
+
+async def test_large_bodies_both_ways_over_tls(tmp_path: Path) -> None:
+    body = big(4 << 20)
+
+    async def echo(connection: BackendConnection) -> None:
+        await connection.head()
+        await connection.send(ok(await connection.exactly(len(body))))
+
+    tls = UpstreamTlsConfig(True, CA_PEM, "localhost")
+    async with (
+        backend(echo, tls=tls_server(tmp_path)) as server,
+        data_plane(server.port, upstream={"tls": tls}) as running,
+    ):
+        client = await running.connect()
+        response = await client.request(f"POST / HTTP/1.1\nHost: a\nContent-Length: {len(body)}", body)
+        assert response.body == body
+
+
+@pytest.mark.parametrize("answer", [b"", b"bye"])
+async def test_a_tls_server_that_closes_its_tunnel(
+    tmp_path: Path, answer: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def greet(connection: BackendConnection) -> None:
+        await connection.send(answer)
+
+    tls = UpstreamTlsConfig(True, CA_PEM, "localhost")
+    async with (
+        backend(greet, tls=tls_server(tmp_path)) as server,
+        data_plane(server.port, upstream={"tls": tls}, mode=ListenerMode.TCP) as running,
+    ):
+        client = await running.connect()
+        assert await client.until_end() == answer
+        assert client.end == "close_notify"
+        assert not caplog.records
+
+
+async def test_refusals_by_a_tunnels_server_that_are_not_in_a_row_do_not_eject_it() -> None:
+    async def greet(connection: BackendConnection) -> None:
+        await connection.send(b"hi")
+
+    port = free_port()
+    async with data_plane([port], mode=ListenerMode.TCP, upstream={"ejection": EjectionConfig(2, 60)}) as running:
+        for _ in range(3):
+            assert await (await running.connect()).until_end() == b""
+            async with backend(greet, port=port):
+                assert await (await running.connect()).until_end() == b"hi"
+        assert running.counted("tlsproxy_upstream_errors_total") == {("app", "connect_failed"): 3}
+        assert not running.counted("tlsproxy_upstream_ejections_total")
 
 
 async def test_a_tunnel_to_a_tls_server(tmp_path: Path) -> None:
