@@ -18,8 +18,8 @@ from tlsproxy.metrics import FAMILIES as PROXY_FAMILIES
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = {document.name: document.read_text() for document in DOCUMENTS}
 _FAMILIES = {**PROXY_FAMILIES, **HSM_FAMILIES}
-_NOT_METRICS = {"hsm_unavailable"}
-"""A value of the label `result`."""
+_NOT_METRICS = {"hsm_unavailable", "hsm_user"}
+"""A value of the label `result`, and a key of the configuration."""
 _MAIN = {"tlsproxy": tlsproxy.cli.main, "hsm": hsm.cli.main}
 
 
