@@ -29,7 +29,7 @@ def directory() -> Iterator[Path]:
 
 @pytest.fixture
 def users(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """As root: only the unit's capabilities, and workers with users of their own. Anyone else has none to begin with."""
+    """As root: only the unit's capabilities, and workers with users of their own. Others have none anyway."""
     if os.geteuid() != 0:
         return {}
     kept = ",".join(f"+{name.removeprefix('CAP_').lower()}" for name in SERVICE["CapabilityBoundingSet"].split())
