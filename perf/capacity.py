@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hsm.messages import KeyType
 from perf.options import add_json_argument
@@ -36,13 +36,13 @@ _SEARCH_STEPS = 7
 _REQUESTS = 30_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Token:
     """What a token is made of, and how fast it is."""
 
-    name: str
     hsms: int
-    model: HsmModel
+    name: str
+    model: HsmModel = field(compare=False)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,66 +113,59 @@ def _tokens(arguments: argparse.Namespace) -> list[Token]:
     if arguments.hsm_rate is not None:
         service_s = arguments.hsm_units / arguments.hsm_rate
         model = HsmModel(arguments.hsm_units, [service_s], round_trip_s, arguments.sessions)
-        return [Token("one HSM", 1, model)]
+        return [Token(1, "single", model)]
     if arguments.key_type not in _PUBLISHED[arguments.profile]:
         raise RuntimeError(f"no figures are published for {arguments.key_type.value}: give --hsm-rate")
     return [
-        Token(f"cluster of {hsms}", hsms, HsmModel(hsms, [hsms / rate], round_trip_s, arguments.sessions))
+        Token(hsms, f"clusters of {hsms}", HsmModel(hsms, [hsms / rate], round_trip_s, arguments.sessions))
         for hsms, rate in _PUBLISHED[arguments.profile][arguments.key_type].items()
     ]
 
 
 def _plan(arguments: argparse.Namespace) -> Part:
     tokens = _tokens(arguments)
-    rates = [sustainable_rate(token.model, arguments.slo_ms / 1e3) for token in tokens]
+    sustained = {
+        token.name: sustainable_rate(token.model, arguments.slo_ms / 1e3) / _TOKENS_PER_CELL for token in tokens
+    }
+    usable = [token for token in tokens if sustained[token.name]]
+    if not usable:
+        raise RuntimeError(f"no rate keeps p99 within {arguments.slo_ms:g} ms: the HSM alone takes longer")
     rows = []
     for rate in arguments.rate or (10_000.0, 100_000.0, 1_000_000.0):
-        for share in arguments.resumption or (0.0, 0.5, 0.9):
-            rows += [
-                (f"{rate:.0f}", f"{share:.0%}", *_needs(token, cell_rate, rate, share, arguments))
-                for token, cell_rate in zip(tokens, rates, strict=True)
-            ]
+        for resumed in arguments.resumption or (0.0, 0.5, 0.9):
+            full = rate * (1 - resumed)
+            hsms, token = min((_hsms(token, sustained[token.name], full), token) for token in usable)
+            cores = _cores(full, rate - full, arguments)
+            prices: tuple[str, ...] = ()
+            if arguments.hsm_price is not None:
+                hourly = hsms * arguments.hsm_price + cores * arguments.core_price
+                prices = (f"{hourly:.2f}", f"{hourly / (rate * 3600 / 1e6):.4f}")
+            rows.append((f"{rate:.0f}", f"{resumed:.0%}", f"{hsms} ({token.name})", f"{cores}", *prices))
     which = arguments.profile if arguments.hsm_rate is None else f"{arguments.hsm_rate:g} signatures/s each"
+    each = ", ".join(f"{name}: {rate:.0f}" for name, rate in sustained.items())
+    price_columns = () if arguments.hsm_price is None else ("price an hour", "price per million")
     return Part(
         f"Capacity, {arguments.key_type.value}: {which}",
         f"Cells of {_TOKENS_PER_CELL} tokens and {_PROXIES_PER_CELL} pools, and one token in ten to spare. p99 of "
-        f"signatures within {arguments.slo_ms:g} ms, {arguments.round_trip_ms:g} ms to the HSM and back. "
-        f"{arguments.cpu_us_full:g} us of CPU for a full handshake, {arguments.cpu_us_resumed:g} for a resumed one, "
-        f"cores {arguments.utilisation:.0%} busy. Simulated: no such deployment was built.",
-        Table(
-            (
-                "handshakes/s",
-                "resumed",
-                "token",
-                "signatures/s each",
-                "HSMs",
-                "proxy cores",
-                "price an hour",
-                "price per million",
-            ),
-            rows,
-        ),
+        f"signatures within {arguments.slo_ms:g} ms, {arguments.round_trip_ms:g} ms to the HSM and back, which gives "
+        f"these signatures/s: {each}. {arguments.cpu_us_full:g} us of CPU for a full handshake, {arguments.cpu_us_resumed:g} "
+        f"for a resumed one, cores {arguments.utilisation:.0%} busy. Simulated: no such deployment was built.",
+        Table(("handshakes/s", "resumed", "HSMs", "cores", *price_columns), rows),
         [],
-        figures={token.name: cell_rate / _TOKENS_PER_CELL for token, cell_rate in zip(tokens, rates, strict=True)},
+        figures=sustained,
     )
 
 
-def _needs(
-    token: Token, cell_rate: float, rate: float, resumed: float, arguments: argparse.Namespace
-) -> tuple[str, ...]:
-    """One row's figures: what it takes, and the price if the HSM's is known."""
-    full = rate * (1 - resumed)
-    cores = (full * arguments.cpu_us_full + rate * resumed * arguments.cpu_us_resumed) / 1e6 / arguments.utilisation
-    each = cell_rate / _TOKENS_PER_CELL
-    if not each:
-        return (token.name, "0: the objective is out of reach", "-", f"{math.ceil(cores)}", "-", "-")
+def _hsms(token: Token, each: float, full: float) -> int:
+    """How many HSMs make so many signatures a second, with one token in ten to spare."""
     tokens = max(_TOKENS_PER_CELL, math.ceil(full / each))
-    hsms = (tokens + math.ceil(tokens / 10)) * token.hsms
-    prices = ("-", "-")
-    if arguments.hsm_price is not None:
-        hourly = hsms * arguments.hsm_price + math.ceil(cores) * arguments.core_price
-        prices = (f"{hourly:.2f}", f"{hourly / (rate * 3600 / 1e6):.4f}")
-    return (token.name, f"{each:.0f}", f"{hsms}", f"{math.ceil(cores)}", *prices)
+    return (tokens + math.ceil(tokens / 10)) * token.hsms
+
+
+def _cores(full: float, resumed: float, arguments: argparse.Namespace) -> int:
+    """How many cores so many full and resumed handshakes a second take."""
+    busy = (full * arguments.cpu_us_full + resumed * arguments.cpu_us_resumed) / 1e6
+    return math.ceil(busy / float(arguments.utilisation))
 
 
 def _validation_part() -> Part:

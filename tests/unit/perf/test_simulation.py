@@ -68,15 +68,24 @@ def test_a_plan_scales_with_the_rate_and_what_is_resumed(monkeypatch):
             *("--utilisation", "1", "--cpu-us-full", "400", "--cpu-us-resumed", "100", "--hsm-price", "2"),
         )
     )
-    none, most = part.table.rows
     # 1,000 signatures/s each: 100 and 10 to spare; 40 cores. 220 an hour for 360 million.
-    assert tuple(none[3:]) == ("1000", "110", "40", "220.00", "0.6111")
-    # 10,000 full ones: 10 and 1; 10,000 x 400 us and 90,000 x 100 us.
-    assert tuple(most[3:6]) == ("1000", "11", "13")
+    # 10,000 full ones: 10 and 1; 10,000 x 400 us and 90,000 x 100 us. 22 an hour.
+    assert part.table.rows == [
+        ("100000", "0%", "110 (single)", "40", "220.00", "0.6111"),
+        ("100000", "90%", "11 (single)", "13", "22.00", "0.0611"),
+    ]
+
+
+def test_the_kind_of_cluster_that_needs_the_fewest_hsms_is_taken(monkeypatch):
+    monkeypatch.setattr(capacity, "sustainable_rate", lambda model, slo_s: 2 * model.signatures_per_second)
+    (part,) = capacity.measure(arguments("--rate", "12000", "--resumption", "0"))
+    # Clusters of 2 sign 3,000/s: 4 and 1 to spare; of 3, 4,500: 3 and 1; of 6, 7,000: 2 and 1.
+    assert part.table.rows == [("12000", "0%", "10 (clusters of 2)", "7")]
 
 
 def test_an_objective_below_the_round_trip_is_out_of_reach():
-    assert capacity.sustainable_rate(HsmModel(1, [0.001], 0.010, 64), 0.005) == 0
+    with pytest.raises(RuntimeError, match="within 5 ms"):
+        list(capacity.measure(arguments("--slo-ms", "5", "--round-trip-ms", "10")))
 
 
 def test_a_key_without_published_figures_is_refused():
