@@ -45,9 +45,10 @@ if TYPE_CHECKING:
 
 WRITE_BUFFER_BYTES = 64 * 1024
 """A transport that holds more than this is full: whoever fills it is paused."""
-LINGER_S = 5.0
-"""How long a client may go on sending after the proxy has closed its side, before it is cut off."""
-LINGER_BYTES = 8 * 1024 * 1024
+LINGER_S = 20.0
+"""How long a client may go on sending after the proxy has closed its side, before it is cut off.
+
+Many send all of a large body before they read the response that refuses it."""
 
 _log = logging.getLogger("tlsproxy.handshake")
 
@@ -87,7 +88,6 @@ class ClientConnection(asyncio.Protocol, ABC):
         "_eof_received",
         "_idle_since_s",
         "_last_buffered",
-        "_lingered_bytes",
         "_negotiated",
         "_paused",
         "_peer",
@@ -128,7 +128,6 @@ class ClientConnection(asyncio.Protocol, ABC):
         self._signed: Signature | None = None
         self._sign_failure = ""
         self._last_buffered = 0
-        self._lingered_bytes = 0
         self._eof_received = False
 
     # What a subclass does.
@@ -222,7 +221,7 @@ class ClientConnection(asyncio.Protocol, ABC):
             self.data_received(rest)
 
     def data_received(self, data: bytes) -> None:
-        """Decrypt, and act on what that yields."""
+        """Decrypt, and act on what that yields; after our end, throw away."""
         if self.phase is Phase.OPEN:
             self._act_on(self._tls.receive_data(data))
         elif self.phase is Phase.HANDSHAKE:
@@ -232,10 +231,6 @@ class ClientConnection(asyncio.Protocol, ABC):
             self._idle_since_s = monotonic()
         elif self.phase is Phase.PROXY_HEADER:
             self._proxy_header_received(data)
-        else:
-            self._lingered_bytes += len(data)
-            if self._lingered_bytes > LINGER_BYTES:
-                self._transport.abort()
 
     def eof_received(self) -> bool:
         """End, unless the client had said close_notify and an answer is still due (True: keep the transport)."""
