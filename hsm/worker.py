@@ -50,9 +50,9 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"hsm worker: the specification on the inherited descriptor: {error}\n")
         return _EXIT_PERMANENT
-    logs.configure(spec.log_level, spec.log_format, f"hsm-worker-{spec.token}")
     inherited = (spec_fd, spec.listen_fd, spec.status_fd, spec.metrics_fd)
     close_descriptors(fd for fd in inherited if fd is not None)
+    logs.configure(spec.log_level, spec.log_format, f"hsm-worker-{spec.token}")
     try:
         become(spec.run_as)
         seal_process()

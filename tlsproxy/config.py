@@ -76,6 +76,12 @@ class LogConfig:
 
     level: LogLevel
     format: LogFormat
+    access: bool
+    """A line for each request."""
+    handshakes: bool
+    """A line for each handshake."""
+    sample_above: int
+    """Of more requests or handshakes a second and proxy process a sample is written; 0: all are."""
 
 
 class TokenKind(str, enum.Enum):

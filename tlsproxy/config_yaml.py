@@ -100,6 +100,9 @@ def _config(root: MappingReader, directory: Path) -> Config:
         log=LogConfig(
             level=log.optional("level", lambda value: value.choice(LogLevel), LogLevel.INFO),
             format=log.optional("format", lambda value: value.choice(LogFormat), LogFormat.JSON),
+            access=log.optional("access", Value.boolean, True),
+            handshakes=log.optional("handshakes", Value.boolean, True),
+            sample_above=log.optional("sample_above", lambda value: value.integer(0, 1_000_000), 1000),
         ),
         hsm=HsmConfig(
             sign_deadline_s=hsm.optional("sign_deadline", lambda value: value.duration(0.01, 60), 2.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import re
 import signal
@@ -17,8 +18,19 @@ import pytest
 
 from hsm.messages import KeyType
 from tests.backends import BackendConnection, backend, ok
-from tests.proxy import free_port, log_events, make_site, run_to_end, running_proxy, site_config, write_config
+from tests.proxy import (
+    TLSPROXY,
+    Proxy,
+    free_port,
+    log_events,
+    make_site,
+    run_to_end,
+    running_proxy,
+    site_config,
+    write_config,
+)
 from tests.tokens import SoftTokenFiles
+from tlsproxy.serve.anatomy import PHASES
 
 KEYS = {"www": KeyType.ECDSA_P256}
 
@@ -205,3 +217,46 @@ async def test_runtime_files_are_closed_to_others(tmp_path: Path) -> None:
         }
         assert modes == {"lock": "0o600", "control.sock": "0o600", "hsm": "0o700", "hsm/local-0.sock": "0o600"}
         assert os.stat(tmp_path / "run").st_mode & 0o777 == 0o700
+
+
+async def test_each_request_and_each_handshake_is_a_line(tmp_path: Path) -> None:
+    make_site(tmp_path, KEYS)
+    async with backend() as upstream:
+        config = site_config(tmp_path, KEYS, f"127.0.0.1:{upstream.port}")
+        async with running_proxy(tmp_path, config) as proxy:
+            assert await proxy.get("/a?b=c") == (200, b"hello")
+            await proxy.stop()
+        events = {event["event"]: event for event in log_events(proxy.log)}
+        request, handshake = events["request"], events["handshake"]
+        assert (request["target"], request["status"], request["client"]) == ("/a?b=c", 200, "127.0.0.1")
+        assert (handshake["result"], handshake["token"]) == ("ok", "local")
+        assert handshake["scheme"] == "ecdsa_secp256r1_sha256"
+        phases = sum(handshake[f"{phase}_s"] for phase in PHASES)
+        assert phases == pytest.approx(handshake["duration_s"], abs=1e-5)
+
+
+async def test_a_log_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:
+    make_site(tmp_path, KEYS)
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    async with backend() as upstream:
+        config = site_config(tmp_path, KEYS, f"127.0.0.1:{upstream.port}", drain_timeout="1s")
+        process = await asyncio.create_subprocess_exec(
+            *TLSPROXY, "run", "--config", str(write_config(tmp_path, config)), stderr=writer
+        )
+        os.close(writer)
+        proxy = Proxy(tmp_path, config, process)
+        (tmp_path / "stderr").touch()
+        try:
+            await proxy.until(lambda: answers(proxy), "an answer")
+            for _ in range(40):
+                assert await proxy.get() == (200, b"hello")
+        finally:
+            assert await proxy.stop() == 0
+            os.close(reader)
+
+
+async def answers(proxy: Proxy) -> bool:
+    with contextlib.suppress(OSError):
+        return await proxy.get() == (200, b"hello")
+    return False

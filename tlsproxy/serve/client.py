@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from time import monotonic
 from typing import TYPE_CHECKING, cast
 
+from hsm.logs import EventLog
 from hsm.pool_request import Signature
 from tlsproxy.config import Address, ProxyProtocol
 from tlsproxy.proxy_protocol import (
@@ -45,12 +46,14 @@ if TYPE_CHECKING:
 
 WRITE_BUFFER_BYTES = 64 * 1024
 """A transport that holds more than this is full: whoever fills it is paused."""
-LINGER_S = 20.0
-"""How long a client may go on sending after the proxy has closed its side, before it is cut off.
+LINGER_S = 5.0
+"""How long a client may go on sending after the proxy has closed its side, before it is cut off."""
+LINGER_BYTES = 8 * 1024 * 1024
 
-Many send all of a large body before they read the response that refuses it."""
-
-_log = logging.getLogger("tlsproxy.handshake")
+HANDSHAKE_LOG = "tlsproxy.handshake"
+_log = logging.getLogger("tlsproxy.connection")
+_handshakes = EventLog(HANDSHAKE_LOG, "handshake")
+_failed_handshakes = EventLog(HANDSHAKE_LOG, "handshake failed")
 
 
 class Phase(enum.Enum):
@@ -88,6 +91,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         "_eof_received",
         "_idle_since_s",
         "_last_buffered",
+        "_lingered_bytes",
         "_negotiated",
         "_paused",
         "_peer",
@@ -128,6 +132,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         self._signed: Signature | None = None
         self._sign_failure = ""
         self._last_buffered = 0
+        self._lingered_bytes = 0
         self._eof_received = False
 
     # What a subclass does.
@@ -221,7 +226,7 @@ class ClientConnection(asyncio.Protocol, ABC):
             self.data_received(rest)
 
     def data_received(self, data: bytes) -> None:
-        """Decrypt, and act on what that yields; after our end, throw away."""
+        """Decrypt, and act on what that yields."""
         if self.phase is Phase.OPEN:
             self._act_on(self._tls.receive_data(data))
         elif self.phase is Phase.HANDSHAKE:
@@ -231,6 +236,10 @@ class ClientConnection(asyncio.Protocol, ABC):
             self._idle_since_s = monotonic()
         elif self.phase is Phase.PROXY_HEADER:
             self._proxy_header_received(data)
+        else:
+            self._lingered_bytes += len(data)
+            if self._lingered_bytes > LINGER_BYTES:
+                self._transport.abort()
 
     def eof_received(self) -> bool:
         """End, unless the client had said close_notify and an answer is still due (True: keep the transport)."""
@@ -414,6 +423,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         metrics.observe_handshake(event, total_s)
         self._negotiated = event
         signed = self._signed
+        phases = None
         if signed is not None:
             assert isinstance(self._tls, TlsConnection)
             finish_s = total_s - self._client_hello_s - signed.queue_s - signed.sign_s - self._client_wait_s
@@ -428,6 +438,8 @@ class ClientConnection(asyncio.Protocol, ABC):
             )
             metrics.observe_phases(event, total_s, phases, signed.token)
             self._signed = None
+        if _handshakes.takes():
+            self._log_handshake(event, total_s, phases, None if signed is None else signed.token)
         self.runtime.handshake_ended()
         self.phase = Phase.OPEN
         self.established()
@@ -440,17 +452,37 @@ class ClientConnection(asyncio.Protocol, ABC):
             self._signature = None
         self.runtime.metrics.count_failed_handshake(result)
         self.runtime.handshake_ended()
-        if _log.isEnabledFor(logging.INFO):
-            _log.info(
-                "handshake failed",
-                extra={
+        if _failed_handshakes.takes():
+            _failed_handshakes.write(
+                {
                     "listener": self.runtime.name,
                     "client": self.client_ip,
                     "result": result,
                     "reason": reason,
                     "duration_s": round(monotonic() - self._accepted_s, 6),
-                },
+                }
             )
+
+    def _log_handshake(
+        self, event: HandshakeComplete, total_s: float, phases: HandshakePhases | None, token: str | None
+    ) -> None:
+        fields = {
+            "listener": self.runtime.name,
+            "client": self.client_ip,
+            "result": "ok",
+            "server_name": event.server_name,
+            "certificate": event.certificate.name,
+            "tls_version": event.tls_version,
+            "cipher": event.cipher,
+            "group": event.group,
+            "scheme": None if event.scheme is None else event.scheme.label,
+            "resumed": event.resumed,
+            "token": token,
+            "duration_s": round(total_s, 6),
+        }
+        if phases is not None:
+            fields.update({name: round(seconds, 6) for name, seconds in phases._asdict().items()})
+        _handshakes.write(fields)
 
     def _leave_open(self) -> None:
         self.phase = Phase.CLOSED

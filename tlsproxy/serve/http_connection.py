@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from hsm.logs import EventLog
 from tlsproxy.errors import HttpError, UpstreamError
 from tlsproxy.http.codec import RequestHead, RequestReader
 from tlsproxy.http.forwarding import client_address
@@ -29,7 +29,8 @@ STEPS_PER_TURN = 16
 DRAIN_IDLE_S = 2.0
 """How long a connection without a request is kept once the proxy drains."""
 
-_log = logging.getLogger("tlsproxy.access")
+ACCESS_LOG = "tlsproxy.access"
+_requests = EventLog(ACCESS_LOG, "request")
 
 
 class HttpConnection(ClientConnection):
@@ -345,10 +346,9 @@ class HttpConnection(ClientConnection):
         duration_s = monotonic() - started_s
         method = request.method if request is not None else b""
         self.runtime.metrics.count_request(upstream, method, status, duration_s)
-        if _log.isEnabledFor(logging.INFO):
-            _log.info(
-                "request",
-                extra={
+        if _requests.takes():
+            _requests.write(
+                {
                     "client": self.client_ip,
                     "method": method.decode("ascii"),
                     "host": request.host_name if request is not None else None,
@@ -356,5 +356,5 @@ class HttpConnection(ClientConnection):
                     "status": status,
                     "upstream": upstream or None,
                     "duration_s": round(duration_s, 6),
-                },
+                }
             )

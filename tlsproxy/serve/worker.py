@@ -25,6 +25,7 @@ from hsm.seal import become, forbid_new_privileges
 from tlsproxy import metrics
 from tlsproxy.config import ListenerMode
 from tlsproxy.serve.anatomy import SlowHandshake
+from tlsproxy.serve.client import HANDSHAKE_LOG
 from tlsproxy.serve.control import (
     HEARTBEAT_S,
     Drain,
@@ -36,6 +37,7 @@ from tlsproxy.serve.control import (
     slow_handshake_line,
 )
 from tlsproxy.serve.counting import ListenerMetrics, UpstreamMetrics
+from tlsproxy.serve.http_connection import ACCESS_LOG
 from tlsproxy.serve.listener import ListenerRuntime
 from tlsproxy.serve.sockets import BACKLOG
 from tlsproxy.serve.upstream import Upstream
@@ -265,6 +267,14 @@ def _receive_spec(control: socket.socket) -> tuple[ProxyWorkerSpec, bytearray]:
             return command, received
 
 
+def _configure_log(spec: ProxyWorkerSpec) -> None:
+    log = spec.config.log
+    logs.configure(log.level.value, log.format.value, f"proxy-{spec.index}", sample_above=log.sample_above)
+    for wanted, logger in ((log.access, ACCESS_LOG), (log.handshakes, HANDSHAKE_LOG)):
+        if not wanted:
+            logging.getLogger(logger).setLevel(logging.WARNING)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the worker; return its exit code."""
     # Ctrl-C in a terminal reaches the whole process group; the supervisor decides when a worker ends.
@@ -274,8 +284,7 @@ def main(arguments: Sequence[str]) -> int:
         spec, received = _receive_spec(control)
     except (EOFError, OSError):
         return 1
-    log = spec.config.log
-    logs.configure(log.level.value, log.format.value, f"proxy-{spec.index}")
+    _configure_log(spec)
     try:
         become(spec.run_as)
         forbid_new_privileges()
