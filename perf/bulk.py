@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from hsm.messages import KeyType
 from perf.clients import Clients
 from perf.options import add_load_arguments, add_server_arguments, chosen_servers
-from perf.parts import Part, Table
+from perf.parts import Part, Table, figure, figure_and_spread
 from perf.plots import bar_chart
 from perf.request_load import RequestLoad, run_requests
 from perf.setups.base import PROXY_ROLE, Server
@@ -64,17 +64,16 @@ def _take_turns(clients: Clients, servers: Sequence[Server], arguments: argparse
 
 def _part(results: Results, arguments: argparse.Namespace) -> Part:
     """What came of it; ratios are to the first server."""
-    baseline = next(iter(results.values())).cpu_s(PROXY_ROLE)
+    baseline, _ = next(iter(results.values())).proxy_cpu_s(1)
     rows = []
     for case, series in results.items():
-        own = series.cpu_s(PROXY_ROLE)
-        least, greatest = series.proxy_cpu_spread_s()
+        own, spread = series.proxy_cpu_s(1)
         rows.append(
             (
                 case.server,
-                f"{own:.2f} ({least:.2f}-{greatest:.2f})",
-                f"{own / baseline:.2f}",
-                f"{series.per_second:.2f}",
+                figure_and_spread(own, spread, ".2f"),
+                figure(own / baseline, ".2f"),
+                figure(series.per_second, ".2f"),
             )
         )
     title = "Bodies of 10 MB"

@@ -148,8 +148,9 @@ def _plan(arguments: argparse.Namespace) -> Part:
         f"Capacity, {arguments.key_type.value}: {which}",
         f"Cells of {_TOKENS_PER_CELL} tokens and {_PROXIES_PER_CELL} pools, and one token in ten to spare. p99 of "
         f"signatures within {arguments.slo_ms:g} ms, {arguments.round_trip_ms:g} ms to the HSM and back, which gives "
-        f"these signatures/s: {each}. {arguments.cpu_us_full:g} us of CPU for a full handshake, {arguments.cpu_us_resumed:g} "
-        f"for a resumed one, cores {arguments.utilisation:.0%} busy. Simulated: no such deployment was built.",
+        f"these signatures/s: {each}. {arguments.cpu_us_full:g} us of CPU for a full handshake, "
+        f"{arguments.cpu_us_resumed:g} for a resumed one, cores {arguments.utilisation:.0%} busy. "
+        "Simulated: no such deployment was built.",
         Table(("handshakes/s", "resumed", "HSMs", "cores", *price_columns), rows),
         [],
         figures=sustained,
@@ -164,7 +165,7 @@ def _hsms(token: Token, each: float, full: float) -> int:
 
 def _cores(full: float, resumed: float, arguments: argparse.Namespace) -> int:
     """How many cores so many full and resumed handshakes a second take."""
-    busy = (full * arguments.cpu_us_full + resumed * arguments.cpu_us_resumed) / 1e6
+    busy: float = (full * arguments.cpu_us_full + resumed * arguments.cpu_us_resumed) / 1e6
     return math.ceil(busy / float(arguments.utilisation))
 
 

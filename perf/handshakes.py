@@ -15,9 +15,9 @@ from hsm.messages import KeyType
 from perf.clients import Clients
 from perf.handshake_load import HandshakeLoad, run_handshakes
 from perf.options import add_load_arguments, add_server_arguments, chosen_servers
-from perf.parts import Part, Table, latency_chart, quantiles_ms
+from perf.parts import Part, Table, figure, figure_and_spread, latency_chart, quantiles_ms
 from perf.plots import Axis, bar_chart, line_chart
-from perf.setups.base import PROXY_ROLE, Server
+from perf.setups.base import Server
 from perf.setups.catalogue import Servers
 from perf.turns import Case, Results, Turn, interleave
 
@@ -121,17 +121,15 @@ def _part(key_name: str, results: Results, arguments: argparse.Namespace) -> Par
     for (name, latency_s), series in results.items():
         total = series.cpu_s()
         baseline_s, baseline_per_second = baselines.setdefault(latency_s, (total, series.per_second))
-        own = series.cpu_s(PROXY_ROLE)
-        least, greatest = series.proxy_cpu_spread_s()
         rows.append(
             (
                 f"{latency_s * 1e3:g} ms",
                 name,
-                f"{own * 1e6:.0f} ({least * 1e6:.0f}-{greatest * 1e6:.0f})",
-                f"{total * 1e6:.0f}",
-                f"{total / baseline_s:.2f}",
-                f"{series.per_second:.0f}",
-                f"{series.per_second / baseline_per_second:.2f}" if baseline_per_second else "-",
+                figure_and_spread(*series.proxy_cpu_s(1e6), ".0f"),
+                figure(total * 1e6, ".0f"),
+                figure(total / baseline_s, ".2f"),
+                figure(series.per_second, ".0f"),
+                figure(series.per_second / baseline_per_second, ".2f") if baseline_per_second else "-",
                 quantiles_ms(series.latencies, 0.5, 0.99),
             )
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,9 +81,19 @@ class Part:
         }
 
 
+def figure(value: float, spec: str) -> str:
+    """A number as `spec` wants it; a dash for one that is not known."""
+    return format(value, spec) if math.isfinite(value) else "-"
+
+
+def figure_and_spread(value: float, spread: tuple[float, float], spec: str) -> str:
+    """A median, then in brackets least and greatest."""
+    return f"{figure(value, spec)} ({figure(spread[0], spec)}-{figure(spread[1], spec)})"
+
+
 def quantiles_ms(latencies: Histogram, *qs: float) -> str:
     """Quantiles in milliseconds."""
-    return " / ".join(f"{latencies.quantile_s(q) * 1e3:.1f}" for q in qs)
+    return " / ".join(figure(latencies.quantile_s(q) * 1e3, ".1f") for q in qs)
 
 
 def latency_chart(title: str, what: str, latencies: Mapping[str, Histogram]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from hsm.messages import KeyType
 from perf.clients import Clients
 from perf.options import add_load_arguments, add_server_arguments, chosen_servers
-from perf.parts import Part, Table, latency_chart, quantiles_ms
+from perf.parts import Part, Table, figure, figure_and_spread, latency_chart, quantiles_ms
 from perf.plots import bar_chart
 from perf.request_load import RequestLoad, run_requests
 from perf.setups.base import PROXY_ROLE, Server
@@ -54,17 +54,16 @@ def _take_turns(clients: Clients, servers: Sequence[Server], arguments: argparse
 
 def _part(results: Results, arguments: argparse.Namespace) -> Part:
     """What came of it; ratios are to the first server."""
-    baseline = next(iter(results.values())).cpu_s(PROXY_ROLE)
+    baseline_us, _ = next(iter(results.values())).proxy_cpu_s(1e6)
     rows = []
     for case, series in results.items():
-        own = series.cpu_s(PROXY_ROLE)
-        least, greatest = series.proxy_cpu_spread_s()
+        own_us, spread_us = series.proxy_cpu_s(1e6)
         rows.append(
             (
                 case.server,
-                f"{own * 1e6:.1f} ({least * 1e6:.1f}-{greatest * 1e6:.1f})",
-                f"{own / baseline:.2f}",
-                f"{series.per_second:.0f}",
+                figure_and_spread(own_us, spread_us, ".1f"),
+                figure(own_us / baseline_us, ".2f"),
+                figure(series.per_second, ".0f"),
                 quantiles_ms(series.latencies, 0.5, 0.99),
             )
         )

@@ -17,7 +17,7 @@ from perf.clients import Clients
 from perf.handshakes import add_handshake_arguments, cases_by_latency, take_handshakes
 from perf.histogram import Histogram
 from perf.options import add_load_arguments, add_server_arguments, chosen_servers
-from perf.parts import Part, Table, latency_chart, quantiles_ms
+from perf.parts import Part, Table, figure, latency_chart, quantiles_ms
 from perf.prober import Prober
 from perf.setups.base import Server
 from perf.turns import Case, Results, Series, Turn, interleave
@@ -71,8 +71,8 @@ def _part(quiet: Results, storm: Results, arguments: argparse.Namespace) -> Part
         (
             name,
             f"storm, {latency_s * 1e3:g} ms",
-            f"{series.per_second:.0f}",
-            f"{series.cpu_s() * 1e6:.0f}",
+            figure(series.per_second, ".0f"),
+            figure(series.cpu_s() * 1e6, ".0f"),
             quantiles_ms(series.latencies, 0.5, 0.99),
             *_probes(series),
         )

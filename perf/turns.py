@@ -59,8 +59,9 @@ class Turn:
         )
 
     def cpu_per_operation_s(self, roles: Iterable[str]) -> float:
-        """CPU seconds of these roles for one operation."""
-        return sum(self.cpu_s.get(role, 0.0) for role in roles) / self.operations if self.operations else float("nan")
+        """CPU seconds of these roles for one operation; NaN if they are not known, or there was no operation."""
+        known = [self.cpu_s[role] for role in roles if role in self.cpu_s]
+        return sum(known) / self.operations if known and self.operations else float("nan")
 
     def as_json(self) -> dict[str, object]:
         """All of it, for the raw data beside a report."""
@@ -100,12 +101,12 @@ class Series(list[Turn]):
 
     def cpu_s(self, *roles: str) -> float:
         """Median CPU seconds for one operation: of these roles, or of all processes."""
-        chosen = roles or self.roles
-        return self.median(lambda turn: turn.cpu_per_operation_s(chosen)) if chosen else float("nan")
+        return self.median(lambda turn: turn.cpu_per_operation_s(roles or self.roles))
 
-    def proxy_cpu_spread_s(self) -> tuple[float, float]:
-        """Least and greatest CPU seconds of the proxy's processes for one operation."""
-        return self.spread(lambda turn: turn.cpu_per_operation_s([PROXY_ROLE]))
+    def proxy_cpu_s(self, scale: float) -> tuple[float, tuple[float, float]]:
+        """Median, and least and greatest, of the proxy's CPU seconds for one operation, times `scale`."""
+        least, greatest = self.spread(lambda turn: turn.cpu_per_operation_s([PROXY_ROLE]))
+        return self.cpu_s(PROXY_ROLE) * scale, (least * scale, greatest * scale)
 
     @property
     def latencies(self) -> Histogram:

@@ -22,6 +22,7 @@ from hsm.messages import KeyType
 from perf import cpu
 from perf.clients import client_context
 from perf.setups.slow_hsm import SlowHsm
+from tests.proxy import free_port
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -114,13 +115,6 @@ class Site:
     """Worker processes (or threads) of each server."""
     sessions: int
     """PKCS#11 sessions of this proxy with each token. The peers open what they like."""
-
-
-def free_port() -> int:
-    """A loopback TCP port that nothing listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Setup(abc.ABC):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from perf.histogram import Histogram
@@ -44,7 +46,13 @@ def test_cpu_is_for_one_operation_of_the_roles_asked_for():
     series = Series([turn(), turn(operations=20), turn(operations=40)])
     assert series.cpu_s("proxy") == pytest.approx(0.1 / 20)
     assert series.cpu_s() == pytest.approx(0.15 / 20)
-    assert series.proxy_cpu_spread_s() == (pytest.approx(0.1 / 40), pytest.approx(0.1 / 10))
+    assert series.proxy_cpu_s(1e6) == (pytest.approx(5000), (pytest.approx(2500), pytest.approx(10_000)))
+
+
+def test_cpu_of_processes_out_of_reach_is_not_nothing():
+    series = Series([turn(cpu_s={})])
+    assert math.isnan(series.cpu_s())
+    assert math.isnan(series.cpu_s("proxy"))
 
 
 def test_failures_of_all_turns_add_up():
