@@ -54,7 +54,7 @@ class ListenerRuntime:
             HttpConnection if config.mode is ListenerMode.HTTP else TunnelConnection
         )
         self._open: set[ClientConnection] = set()
-        self._per_client: dict[str, int] = {}
+        self._per_client: dict[str | bytes, int] = {}
         self._handshakes = 0
         self._request_id_prefix = os.urandom(8).hex().encode()
         self._requests = 0
@@ -111,8 +111,9 @@ class ListenerRuntime:
         """Let a connection go on now that its client is known, or count that a limit refuses it."""
         limits = self.config.limits
         metrics = self.metrics
-        of_client = self._per_client.get(connection.client_ip, 0) + 1
-        self._per_client[connection.client_ip] = of_client
+        client = _counted_as(connection.client_ip)
+        of_client = self._per_client.get(client, 0) + 1
+        self._per_client[client] = of_client
         if limits.connections_per_client and of_client > limits.connections_per_client:
             metrics.count_refused("connections_per_client")
             return False
@@ -133,9 +134,10 @@ class ListenerRuntime:
         """Take a connection that is gone off the books."""
         self._open.remove(connection)
         if connection.client_ip:
-            left = self._per_client.pop(connection.client_ip) - 1
+            client = _counted_as(connection.client_ip)
+            left = self._per_client.pop(client) - 1
             if left:
-                self._per_client[connection.client_ip] = left
+                self._per_client[client] = left
         self.metrics.values[self.metrics.connections] -= 1.0
 
     def is_trusted(self, ip: str) -> bool:
@@ -158,3 +160,8 @@ class ListenerRuntime:
 
 def _is_in(networks: Sequence[Network], ip: str) -> bool:
     return bool(networks) and any(ipaddress.ip_address(ip) in network for network in networks)
+
+
+def _counted_as(ip: str) -> str | bytes:
+    """Return what stands for a client's address in its limit: all of a /64 for IPv6, as one client has so many."""
+    return ipaddress.IPv6Address(ip).packed[:8] if ":" in ip else ip

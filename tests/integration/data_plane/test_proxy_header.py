@@ -110,6 +110,23 @@ async def test_limits_are_for_the_client_that_is_told_not_for_the_proxy_before()
         assert (await (await connect_with(running, v1_header(CLIENT))).request(GET)).status == 200
 
 
+async def test_the_addresses_of_an_ipv6_network_are_one_client() -> None:
+    def header(host: str) -> bytes:
+        return v1_header(Endpoints(Address(host, 1), Address("2001:db8::ffff", 443)))
+
+    async with (
+        backend() as server,
+        data_plane(server.port, listener=FROM_LOOPBACK, limits={"connections_per_client": 1}) as running,
+    ):
+        first = await connect_with(running, header("2001:db8::1"))
+        with pytest.raises(ConnectionError):
+            await connect_with(running, header("2001:db8::2"))
+        await connect_with(running, header("2001:db8:0:1::1"))
+        first.vanish()
+        await until(lambda: running.runtime.connections == 1)
+        assert (await (await connect_with(running, header("2001:db8::2"))).request(GET)).status == 200
+
+
 # Towards servers.
 
 
