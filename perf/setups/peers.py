@@ -80,7 +80,6 @@ cert = {self.site.credential.chain_file}
 {self.key()}
 sslVersionMin = TLSv1.2
 curves = {GROUPS}
-TIMEOUTclose = 0
 """)
         return ["stunnel", str(configuration)], {}
 
