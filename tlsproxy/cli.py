@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import tlsproxy
 from hsm import logs
 from hsm.errors import HsmError
 from hsm.messages import KeyType
-from tlsproxy import demo
+from tlsproxy import demo, top
 from tlsproxy.config_yaml import load_config, load_runtime_dir
 from tlsproxy.errors import ConfigError, StartupError
 from tlsproxy.serve.command_socket import send_command
@@ -72,6 +73,17 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=f"tell the running proxy to {what}")
         _add_target(command)
         command.set_defaults(command=_operate, operation=name)
+
+    live = commands.add_parser("top", help="show what the running proxy does, live, from its admin port")
+    live.add_argument(
+        "--admin",
+        type=_upstream,
+        default="http://127.0.0.1:9900",
+        metavar="URL",
+        help="its admin port (default: %(default)s)",
+    )
+    live.add_argument("--once", action="store_true", help="print it once, anywhere")
+    live.set_defaults(command=_top)
 
     show = commands.add_parser("demo", help="run a complete demo on this machine until Ctrl-C")
     show.add_argument("--dir", type=Path, default=Path(".demo"), help="where its state lives (default: %(default)s)")
@@ -131,6 +143,13 @@ def _demo(options: argparse.Namespace) -> int:
         upstream=options.upstream,
     )
     asyncio.run(demo.run(settings))
+    return 0
+
+
+def _top(options: argparse.Namespace) -> int:
+    host, _, port = options.admin.rpartition(":")
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(top.run(host.strip("[]"), int(port), once=options.once))
     return 0
 
 
