@@ -29,7 +29,7 @@ RUNS: dict[str, tuple[ModuleType, str]] = {
     "key in SoftHSM2": (handshakes, f"{_HSM_SERVERS} --turns 5 --seconds 1"),
     "HSM latency": (
         handshakes,
-        f"{_HSM_SERVERS} --key-type ecdsa-p256 {_LATENCIES} --concurrency 64 --turns 3 --seconds 1.5",
+        f"{_HSM_SERVERS} --key-type ecdsa-p256 {_LATENCIES} --concurrency 96 --turns 3 --seconds 1.5",
     ),
     "storm": (storm, f"{_HSM_SERVERS} --rate 700 --turns 3 --seconds 3"),
     "resumed": (handshakes, "--key-type ecdsa-p256 --resumed --turns 3 --seconds 1"),

@@ -19,6 +19,7 @@ def describe_machine() -> dict[str, str]:
     facts = {
         "CPU": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores",
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB",
+        "load average before the run": f"{os.getloadavg()[0]:.2f}",
         "kernel": platform.release(),
         "system": platform.freedesktop_os_release().get("PRETTY_NAME", "") if Path("/etc/os-release").exists() else "",
         "Python": f"{platform.python_version()} ({ssl.OPENSSL_VERSION})",
