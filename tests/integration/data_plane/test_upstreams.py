@@ -171,6 +171,19 @@ async def test_a_server_that_is_the_only_one_is_used_though_ejected() -> None:
         assert statuses == [502, 502, 200]
 
 
+async def test_failures_that_are_not_in_a_row_eject_no_server() -> None:
+    answers = iter([b"", ok(), b"", ok(), b"", ok()])
+
+    async def unsteady(connection: BackendConnection) -> None:
+        await connection.head()
+        await connection.send(next(answers))
+
+    async with backend(unsteady) as app, data_plane(app.port, upstream={"ejection": EjectionConfig(2, 60)}) as running:
+        client = await running.connect()
+        assert [(await client.request(GET)).status for _ in range(6)] == [502, 200, 502, 200, 502, 200]
+        assert not running.counted("tlsproxy_upstream_ejections_total")
+
+
 # Health checks.
 
 
