@@ -26,8 +26,11 @@ from tlsproxy.errors import ConfigError, StartupError
 from tlsproxy.serve.command_socket import send_command
 from tlsproxy.serve.materials import check_tokens, load_materials
 from tlsproxy.serve.runtime_directory import COMMAND_SOCKET
+from tlsproxy.serve.service_manager import passed_sockets
+from tlsproxy.serve.sockets import expect_wanted
 from tlsproxy.serve.status import render_status
 from tlsproxy.serve.supervisor import Supervisor
+from tlsproxy.serve.takeover import Predecessor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run the proxy until SIGTERM or SIGINT")
     run.add_argument("--config", required=True, metavar="FILE", help="the configuration, YAML")
+    run.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take the listening sockets of the instance that runs, and its place once this one serves",
+    )
     run.set_defaults(command=_run)
 
     check = commands.add_parser("check", help="find every problem of a configuration and the files it names")
@@ -105,7 +113,10 @@ def _run(options: argparse.Namespace) -> int:
     config = load_config(options.config)
     materials = load_materials(config)
     logs.configure(config.log.level.value, config.log.format.value, "supervisor")
-    uvloop.run(Supervisor(options.config, config, materials).run())
+    inherited = passed_sockets()
+    expect_wanted(inherited, config)
+    predecessor = Predecessor(config.runtime_dir / COMMAND_SOCKET) if options.take_over else None
+    uvloop.run(Supervisor(options.config, config, materials, inherited=inherited, predecessor=predecessor).run())
     return 0
 
 

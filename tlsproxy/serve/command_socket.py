@@ -38,6 +38,9 @@ class Operable(Protocol):
     async def drain(self) -> None:
         """Let connections finish; return when all have ended."""
 
+    def hand_over(self, connection: socket.socket) -> None:
+        """Send the listening sockets to a successor."""
+
     def status(self) -> dict[str, Any]:
         """Return the state of the whole, as JSON has it."""
 
@@ -50,6 +53,7 @@ class CommandServer:
         self._operated = operated
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._inode = 0
 
     async def start(self) -> None:
         """Make the socket, mode 0600, and begin. Raises StartupError."""
@@ -61,13 +65,17 @@ class CommandServer:
         except OSError as error:
             listening.close()
             raise StartupError(f"runtime_dir: cannot make {self._path}: {error.strerror or error}") from None
+        self._inode = self._path.stat().st_ino
         self._server = await asyncio.start_unix_server(self._serve, sock=listening, limit=_MAX_REQUEST_BYTES)
 
     async def close(self) -> None:
         """Take no more commands; answers under way are given their end."""
         if self._server is not None:
             self._server.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            # A successor may have its own there by now.
+            if self._path.stat().st_ino == self._inode:
+                self._path.unlink()
         if self._connections:
             await asyncio.wait(self._connections, timeout=1.0)
 
@@ -78,8 +86,12 @@ class CommandServer:
         try:
             if len(self._connections) <= _MAX_CONNECTIONS and _is_trusted(writer):
                 line = await asyncio.wait_for(reader.readline(), _REQUEST_TIMEOUT_S)
-                writer.write(json.dumps(await self._obey(line)).encode() + b"\n")
-                await asyncio.wait_for(writer.drain(), _REQUEST_TIMEOUT_S)
+                while line:
+                    answer = await self._obey(line, writer)
+                    if answer is not None:
+                        writer.write(json.dumps(answer).encode() + b"\n")
+                        await asyncio.wait_for(writer.drain(), _REQUEST_TIMEOUT_S)
+                    line = await reader.readline()
         except (OSError, ValueError, asyncio.TimeoutError):
             writer.transport.abort()
         finally:
@@ -88,7 +100,8 @@ class CommandServer:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    async def _obey(self, line: bytes) -> dict[str, Any]:
+    async def _obey(self, line: bytes, writer: asyncio.StreamWriter) -> dict[str, Any] | None:
+        """Return the answer; None if it has been sent."""
         try:
             command = json.loads(line)["command"]
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -100,6 +113,10 @@ class CommandServer:
                 await self._operated.reload()
             elif command == "drain":
                 await self._operated.drain()
+            elif command == "hand_over":
+                with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as connection:
+                    self._operated.hand_over(connection)
+                return None
             else:
                 return _failure([f"expected one of the commands {', '.join(COMMANDS)}"], 2)
         except ConfigError as error:

@@ -18,18 +18,21 @@ COMMAND_SOCKET = "control.sock"
 class RuntimeDirectory:
     """The directory, ours until closed."""
 
-    def __init__(self, path: Path, user: str | None) -> None:
+    def __init__(self, path: Path, user: str | None, lock_fd: int | None = None) -> None:
         """Make and lock it, and clear what an instance that was killed has left; `user` may pass through it.
 
-        Raises StartupError.
+        With the lock of an instance that is being taken over from, both have it. Raises StartupError.
         """
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             who = identity(user, "user")
             make_private(str(path), who[1] if who else None)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock_fd is not None:
+                self.lock_fd = lock_fd
+                return
+            self.lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for leftover in path.glob("hsm-*"):
                 shutil.rmtree(leftover)
         except BlockingIOError:
@@ -46,4 +49,4 @@ class RuntimeDirectory:
 
     def close(self) -> None:
         """Let another instance have it."""
-        os.close(self._lock)
+        os.close(self.lock_fd)

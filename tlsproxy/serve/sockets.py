@@ -54,6 +54,15 @@ class ListeningSockets:
 NO_SOCKETS = ListeningSockets({})
 
 
+def expect_wanted(passed: ListeningSockets, config: Config) -> None:
+    """See that each socket has a listener: on others, clients would wait for nobody. Raises StartupError."""
+    addresses = [listener.address for listener in config.listeners]
+    if config.admin is not None:
+        addresses.append(config.admin.address)
+    for address in passed.by_address.keys() - set(map(_canonical, addresses)):
+        raise StartupError(f"the service manager listens on {address}: expected a listener's or the admin address")
+
+
 def adopt(inherited: Iterable[socket.socket]) -> ListeningSockets:
     """Return sockets that another process has opened, by the address each is bound to. Raises StartupError."""
     by_address: dict[Address, tuple[socket.socket, ...]] = {}

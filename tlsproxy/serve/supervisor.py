@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -26,7 +27,9 @@ from tlsproxy.serve.generation import Generation, Host, bring_up
 from tlsproxy.serve.materials import Material, load_materials
 from tlsproxy.serve.rates import SAMPLE_INTERVAL_S
 from tlsproxy.serve.runtime_directory import RuntimeDirectory
-from tlsproxy.serve.sockets import NO_SOCKETS
+from tlsproxy.serve.service_manager import ServiceManager
+from tlsproxy.serve.sockets import NO_SOCKETS, ListeningSockets
+from tlsproxy.serve.takeover import Predecessor, hand_over
 from tlsproxy.tls.context import TicketKey
 
 TICKET_KEY_LIFETIME_S = 12 * 3600.0
@@ -45,13 +48,22 @@ class Supervisor:
         config: Config,
         materials: Mapping[str, Material],
         *,
+        inherited: ListeningSockets = NO_SOCKETS,
+        predecessor: Predecessor | None = None,
         on_ready: Callable[[], None] | None = None,
     ) -> None:
-        """`config` is what is in `config_file`, `materials` its certificates; `on_ready` is called once it serves."""
+        """`config` is what is in `config_file`, `materials` its certificates; `on_ready` is called once it serves.
+
+        `inherited` are sockets opened by the service manager; or there is a `predecessor` that serves until we do.
+        """
         self._config_file = config_file
         self._config = config
         self._materials = materials
+        self._inherited = inherited if predecessor is None else predecessor.sockets
+        self._predecessor = predecessor
         self._on_ready = on_ready
+        self._service_manager = ServiceManager()
+        self._handed_over = False
         self._ticket_keys: tuple[TicketKey, ...] = (TicketKey.generate(),)
         self._generations: list[Generation] = []
         """The one in force first, then those that are draining."""
@@ -80,9 +92,11 @@ class Supervisor:
             if os.geteuid() == 0 and None in (self._config.user, self._config.hsm_user):
                 _logger.warning("workers run as root: set user and hsm_user")
             _logger.info("ready", extra={"workers": self._config.workers, "version": tlsproxy.__version__})
+            self._service_manager.ready()
             if self._on_ready is not None:
                 self._on_ready()
             await self._stop.wait()
+            self._service_manager.stopping()
             _logger.info("draining", extra={"timeout_s": self._current.config.drain_timeout_s})
             await self._drain()
             self._stopped.set()
@@ -96,15 +110,21 @@ class Supervisor:
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         stack.callback(self._figures.close)
-        runtime_directory = RuntimeDirectory(self._config.runtime_dir, self._config.user)
-        stack.callback(runtime_directory.close)
-        generation = await bring_up(self._config, self._materials, None, NO_SOCKETS, self._host)
+        lock_fd = None if self._predecessor is None else self._predecessor.lock_fd
+        self._runtime_directory = RuntimeDirectory(self._config.runtime_dir, self._config.user, lock_fd)
+        stack.callback(self._runtime_directory.close)
+        generation = await bring_up(self._config, self._materials, None, self._inherited, self._host)
         self._generations.append(generation)
         stack.push_async_callback(self._close)
         await self._serve_admin()
-        commands = CommandServer(runtime_directory.command_socket, self)
+        commands = CommandServer(self._runtime_directory.command_socket, self)
         stack.push_async_callback(commands.close)
         await commands.start()
+        if self._predecessor is not None:
+            self._predecessor.retire()
+            self._inherited.close(keep=generation.sockets)
+        if self._service_manager.watchdog_s is not None:
+            self._spawn(self._feed_watchdog(self._service_manager.watchdog_s))
         self._spawn(self._rotate_ticket_keys())
         self._spawn(self._take_samples())
 
@@ -125,6 +145,10 @@ class Supervisor:
     async def _drain(self) -> None:
         if self._reload_task is not None:
             self._reload_task.cancel()
+        if self._handed_over and self._admin is not None:
+            # The successor answers on the admin port now: its counts and ours must not alternate.
+            await self._admin.close()
+            self._admin = None
         async with self._reloading:
             # While any copy of a listening socket is open, clients are taken into its backlog and wait for nobody.
             keep = self._current.sockets.only(None if (admin := self._current.config.admin) is None else admin.address)
@@ -147,6 +171,14 @@ class Supervisor:
         """Return the state of the whole, as JSON has it."""
         return self._figures.status()
 
+    def hand_over(self, connection: socket.socket) -> None:
+        """Send the listening sockets to a successor, and serve on until it says drain. Raises StartupError."""
+        if self._stop.is_set():
+            raise StartupError("hand over: expected a proxy that serves; it is draining")
+        hand_over(connection, self._runtime_directory.lock_fd, self._current.sockets)
+        self._handed_over = True
+        _logger.info("listening sockets handed over to a successor")
+
     async def reload(self) -> None:
         """Load the configuration and all it names anew, and serve by it; the old state ends its connections and goes.
 
@@ -157,6 +189,7 @@ class Supervisor:
                 if self._stop.is_set():
                     raise StartupError("reload: expected a proxy that serves; it is draining")
                 self._reload_task = asyncio.current_task()
+                self._service_manager.reloading()
                 config = await asyncio.to_thread(load_config, self._config_file)
                 self._expect_same_directory(config)
                 await self._replace(config, await asyncio.to_thread(load_materials, config))
@@ -167,6 +200,8 @@ class Supervisor:
             raise
         finally:
             self._reload_task = None
+            if not self._stop.is_set():
+                self._service_manager.ready()
         self._figures.count_reload("success")
         _logger.info("reloaded", extra={"workers": self._current.config.workers})
 
@@ -213,6 +248,11 @@ class Supervisor:
             self._figures.ticket_key_made()
             for generation in self._generations:
                 generation.send(NewTicketKeys(self._ticket_keys))
+
+    async def _feed_watchdog(self, interval_s: float) -> None:
+        while True:
+            self._service_manager.alive()
+            await asyncio.sleep(interval_s)
 
     async def _take_samples(self) -> None:
         while True:
