@@ -23,7 +23,7 @@ from hsm.metricstore import MetricStore
 from hsm.pool import SignerPool
 from hsm.seal import become, forbid_new_privileges
 from tlsproxy import metrics
-from tlsproxy.config import ListenerMode
+from tlsproxy.config import Address, Config, ListenerMode
 from tlsproxy.serve.anatomy import SlowHandshake
 from tlsproxy.serve.client import HANDSHAKE_LOG
 from tlsproxy.serve.control import (
@@ -39,6 +39,7 @@ from tlsproxy.serve.control import (
 from tlsproxy.serve.counting import ListenerMetrics, UpstreamMetrics
 from tlsproxy.serve.http_connection import ACCESS_LOG
 from tlsproxy.serve.listener import ListenerRuntime
+from tlsproxy.serve.sandbox import confine
 from tlsproxy.serve.sockets import BACKLOG
 from tlsproxy.serve.upstream import Upstream
 from tlsproxy.tls.certificates import Certificate, load_chain
@@ -267,6 +268,12 @@ def _receive_spec(control: socket.socket) -> tuple[ProxyWorkerSpec, bytearray]:
             return command, received
 
 
+def _has_names(config: Config) -> bool:
+    """Tell whether a server is given by name, and so is to be looked up."""
+    addresses = (server.address for upstream in config.upstreams for server in upstream.servers)
+    return any(isinstance(address, Address) and not address.is_ip for address in addresses)
+
+
 def _configure_log(spec: ProxyWorkerSpec) -> None:
     log = spec.config.log
     logs.configure(log.level.value, log.format.value, f"proxy-{spec.index}", sample_above=log.sample_above)
@@ -289,6 +296,8 @@ def main(arguments: Sequence[str]) -> int:
         become(spec.run_as)
         forbid_new_privileges()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        abi = confine(resolves_names=_has_names(spec.config))
+        _logger.info("confined" if abi else "not confined: this kernel has no Landlock", extra={"landlock": abi})
         uvloop.run(_serve(spec, control, received))
     except Exception as error:
         _logger.exception("proxy worker failed")
