@@ -42,9 +42,13 @@ class Part:
     figures: Mapping[str, float] = field(default_factory=dict)
     """What it has instead, by name."""
 
-    def markdown(self) -> str:
-        """Heading, note, warnings and table."""
-        return f"### {self.title}\n\n{self.note}{self.warnings()}\n\n{self.table.markdown()}"
+    def markdown(self, run: str = "") -> str:
+        """Heading, with the name of the run in a report of several, note, warnings and table."""
+        return f"### {self.heading(run)}\n\n{self.note}{self.warnings()}\n\n{self.table.markdown()}"
+
+    def heading(self, run: str) -> str:
+        """The title, and which run it is of."""
+        return f"{self.title} ({run})" if run else self.title
 
     def warnings(self) -> str:
         """What a reader must know before believing the figures; empty if there is nothing."""

@@ -108,7 +108,7 @@ def bar_chart(title: str, label: str, bars: Mapping[str, float]) -> str:
         color = _COLORS[0] if name.startswith("tlsproxy") else "#9aa5ad"
         parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{html.escape(name)}</text>')
         parts.append(f'<rect x="{left}" y="{y}" width="{width:.1f}" height="{row - 8}" fill="{color}"/>')
-        parts.append(f'<text x="{left + width + 6:.1f}" y="{y + 13}">{value:.3g}</text>')
+        parts.append(f'<text x="{left + width + 6:.1f}" y="{y + 13}">{value:.{0 if value >= 100 else 2}f}</text>')
     parts.append(f'<text x="{left}" y="{height - 6}">{html.escape(label)}</text>')
     parts.append("</svg>")
     return "\n".join(parts)

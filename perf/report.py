@@ -51,8 +51,8 @@ class Report:
         sections = [f"Measured {self.begun:%Y-%m-%d} by `{self.command}`.\n"]
         if self.targets:
             sections.append(f"### Targets\n\n{targets_table(self.targets).markdown()}")
-        for run in self.runs.values():
-            sections += [f"{part.markdown()}\n`{run.command}`\n" for part in run.parts]
+        for name, run in self.runs.items():
+            sections += [f"{part.markdown(name)}\n`{run.command}`\n" for part in run.parts]
             if run.error:
                 sections.append(f"`{run.command}` failed: {run.error}\n")
         facts = "\n".join(f"- {name}: {value}" for name, value in self.machine.items())
@@ -66,11 +66,11 @@ class Report:
         ]
         if self.targets:
             body.append(f"<h2>Targets</h2>{_html_table(targets_table(self.targets))}")
-        for run in self.runs.values():
+        for name, run in self.runs.items():
             if run.error:
                 body.append(f"<p><code>{html.escape(run.command)}</code> failed: {html.escape(run.error)}</p>")
             for part in run.parts:
-                body.append(f"<h2>{html.escape(part.title)}</h2><p>{_inline(part.note + part.warnings())}</p>")
+                body.append(f"<h2>{html.escape(part.heading(name))}</h2><p>{_inline(part.note + part.warnings())}</p>")
                 body += [_html_table(part.table), *part.charts, f"<p><code>{html.escape(run.command)}</code></p>"]
         facts = "".join(f"<li>{html.escape(name)}: {html.escape(value)}</li>" for name, value in self.machine.items())
         body.append(f"<h2>Machine and versions</h2><ul>{facts}</ul>")

@@ -76,13 +76,17 @@ def _key_in_softhsm(part: Part) -> Iterator[Target]:
     results = part.series["handshakes"]
     ratio = results[Case(_OWN)].cpu_s() / results[Case("nginx-pkcs11")].cpu_s()
     bound = 1.05 if "rsa" in part.title else 1.15
-    yield Target(f"CPU of all processes, SoftHSM2 at 0 ms, x nginx + engine: {part.title}", bound, False, ratio)
+    yield Target(f"CPU of all processes, SoftHSM2 at 0 ms, x nginx + engine, {_key_type(part)}", bound, False, ratio)
 
 
 def _key_in_memory(part: Part) -> Iterator[Target]:
     results = part.series["handshakes"]
     ratio = results[Case("tlsproxy")].cpu_s(PROXY_ROLE) / results[Case("nginx")].cpu_s(PROXY_ROLE)
-    yield Target(f"CPU of the proxy alone, soft token, x nginx with a key file: {part.title}", 1.05, False, ratio)
+    yield Target(f"CPU of the proxy alone, soft token, x nginx with a key file, {_key_type(part)}", 1.05, False, ratio)
+
+
+def _key_type(part: Part) -> str:
+    return part.title.rpartition(", ")[2]
 
 
 def _requests(part: Part) -> Iterator[Target]:

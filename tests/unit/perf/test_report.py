@@ -35,7 +35,7 @@ def report() -> Report:
 def test_the_report_as_markdown_has_targets_tables_commands_and_what_failed():
     text = report().markdown()
     assert "| fast | at most 1.05 | 1.2 | **missed** |" in text
-    assert "### Requests\n\nA note.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n" in text
+    assert "### Requests (requests)\n\nA note.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n" in text
     assert "`python -m perf bulk` failed: no nginx" in text
 
 
