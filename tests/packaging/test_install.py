@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.packaging.conftest import ROOT
 from tests.proxy import free_port
 
 _MINORS = ("3.10", "3.11", "3.12", "3.13")
@@ -99,10 +100,12 @@ def test_sdist_has_what_it_takes_to_build_test_and_operate(sdist: Path) -> None:
     assert not [name for name in names if name in generated or name.endswith((".so", ".pyc", ".pem", ".pin", ".key"))]
 
 
-def test_wheel_has_code_and_types_and_nothing_else(wheel: Path) -> None:
+def test_wheel_has_code_types_and_the_status_page_and_nothing_else(wheel: Path) -> None:
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert {name.partition("/")[0] for name in names} == {"tlsproxy", "hsm"}
-    assert {Path(name).suffix for name in names} == {".py", ".pyi", ".so", ".typed"}
+    page = {name for name in names if name.startswith("tlsproxy/serve/static/")}
+    assert page == {f"tlsproxy/serve/static/{file.name}" for file in (ROOT / "tlsproxy/serve/static").iterdir()}
+    assert {Path(name).suffix for name in set(names) - page} == {".py", ".pyi", ".so", ".typed"}
 
 
 def test_installed_packages_fit_together(bin_directory: Path) -> None:
