@@ -15,13 +15,14 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from pkcs11 import PKCS11Error, Session
 from typing_extensions import assert_never
 
 from hsm import metrics
-from hsm.backends._cryptoki import Module
 from hsm.backends.base import Backend, Signer
 from hsm.backends.pkcs11_errors import CKR_SESSION_COUNT, CryptokiError, Remedy
 from hsm.backends.pkcs11_keys import TokenKey, find_keys, generate_key
+from hsm.backends.pkcs11_library import Library, close_session, handle_of, mechanisms, open_session
 from hsm.backends.pkcs11_mechanisms import Recipe, recipes_for
 from hsm.backends.pkcs11_token import OpenToken, TokenKeeper, TokenSelector
 from hsm.errors import KeyNotFound, TokenConfigError, TokenError
@@ -43,8 +44,9 @@ class Pkcs11Signer(Signer):
         """Open the session. Raises CryptokiError."""
         self._backend = backend
         self._token = backend.token
-        self._module = backend.module
-        self._session: int | None = self._module.open_session(self._token.state.slot)
+        self._sign = backend.library.sign
+        self._session: Session | None = None
+        self._open_session(self._token.state)
         self._confirmed: OpenToken | None = None
 
     def sign(self, key: int, scheme: SignatureScheme, tbs: bytes) -> bytes:
@@ -61,9 +63,9 @@ class Pkcs11Signer(Signer):
                 raise KeyNotFound(f"the token no longer has the key that was {key.label!r}")
             try:
                 if self._session is None:
-                    self._session = self._module.open_session(state.slot)
+                    self._open_session(state)
                     self._backend.count_session_opened_again()
-                raw = self._module.sign(self._session, recipe.mechanism, recipe.parameter, handle, data)
+                raw = self._sign(self._handle, recipe.mechanism, recipe.parameter, handle, data)
             except CryptokiError as error:
                 last = error
                 self._remedy(error, state, attempt)
@@ -91,11 +93,15 @@ class Pkcs11Signer(Signer):
             case _:
                 assert_never(error.remedy)
 
+    def _open_session(self, state: OpenToken) -> None:
+        self._session = open_session(state.token)
+        self._handle = handle_of(self._session)
+
     def _drop_session(self) -> None:
         """Close the session, should it still be there: a token has only so many."""
         if self._session is not None:
             with contextlib.suppress(CryptokiError):
-                self._module.close_session(self._session)
+                close_session(self._session)
             self._session = None
             self._backend.count_session_lost()
 
@@ -129,9 +135,9 @@ class Pkcs11Backend(Backend):
         self._sessions_slot = store.gauge(metrics.SESSIONS, (name, "open"))
         self._reopens_slot = store.counter(metrics.SESSION_REOPENS, (name,))
         self._store_lock = threading.Lock()
-        self.module = _load(module_path)
+        self.library = _load(module_path)
         try:
-            self.token = TokenKeeper(self.module, selector, bytearray(pin), key_references)
+            self.token = TokenKeeper(self.library, selector, bytearray(pin), key_references)
             self._signers = self._open_sessions(sessions)
             self._keys, self.recipes = self._usable_keys()
         except BaseException:
@@ -157,7 +163,7 @@ class Pkcs11Backend(Backend):
     def close(self) -> None:
         """End the login and all sessions. No signer may be at work."""
         with contextlib.suppress(CryptokiError):
-            self.module.finalize()
+            self.library.finalize()
 
     def count_session_lost(self) -> None:
         """Count a session that is of no more use. Called by signers, in their threads."""
@@ -186,7 +192,7 @@ class Pkcs11Backend(Backend):
     def _usable_keys(self) -> tuple[tuple[KeyInfo, ...], dict[tuple[int, SignatureScheme], Recipe]]:
         """Return the keys that have signed once, numbered, and how each of their schemes is made."""
         try:
-            mechanisms = self.module.mechanisms(self.token.state.slot)
+            flags = mechanisms(self.token.state.token.slot)
         except CryptokiError as error:
             raise error.token_error() from None
         infos: list[KeyInfo] = []
@@ -194,7 +200,7 @@ class Pkcs11Backend(Backend):
         problems = []
         for key in self.token.state.keys:
             try:
-                working = self._working_recipes(key, recipes_for(key.key_type, mechanisms))
+                working = self._working_recipes(key, recipes_for(key.key_type, flags))
             except (TokenConfigError, TokenError) as error:
                 problems.append(f"key {key.label!r}: {error}")
                 continue
@@ -238,13 +244,11 @@ def _ecdsa_der(raw: bytes, curve_bytes: int) -> bytes:
     return encode_dss_signature(int.from_bytes(raw[:curve_bytes], "big"), int.from_bytes(raw[curve_bytes:], "big"))
 
 
-def _load(path: str) -> Module:
+def _load(path: str) -> Library:
     try:
-        module = Module(path)
-        module.initialize()
-    except (OSError, CryptokiError) as error:
+        return Library(path)
+    except (OSError, PKCS11Error) as error:
         raise TokenConfigError(f"{path}: expected a PKCS#11 module that works; {error}") from None
-    return module
 
 
 def generate_key_on_token(
@@ -254,16 +258,16 @@ def generate_key_on_token(
 
     Raises TokenConfigError, PinRefused and TokenError as Pkcs11Backend does; ValueError if the label is in use.
     """
-    module = _load(module_path)
+    library = _load(module_path)
     try:
-        before = TokenKeeper(module, selector, pin, ()).state
+        before = TokenKeeper(library, selector, pin, ()).state
         if any(key.label == label for key in before.keys):
             raise ValueError(f"expected a label that is not in use on the token; got {label!r}")
         try:
-            generate_key(module, before.session, label, key_type)
-            (key,) = find_keys(module, before.session, [f"pkcs11:object={quote(label, safe='')}"])
+            generate_key(before.session, label, key_type)
+            (key,) = find_keys(before.session, [f"pkcs11:object={quote(label, safe='')}"])
         except CryptokiError as error:
             raise error.token_error(retryable=False) from None
         return key
     finally:
-        module.finalize()
+        library.finalize()

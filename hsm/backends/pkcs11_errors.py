@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import enum
 
+from pkcs11 import exceptions
+from pkcs11.exceptions import PKCS11Error
+
 from hsm.errors import TokenError
 
 
@@ -73,6 +76,34 @@ _CODES: dict[int, tuple[str, Remedy]] = {
     0x190: ("CKR_CRYPTOKI_NOT_INITIALIZED", _NEW_TOKEN),
 }
 
+# What python-pkcs11 makes of them. It raises PKCS11Error itself for all others, and for CKR_CRYPTOKI_NOT_INITIALIZED.
+_LIBRARY_CLASSES: dict[type[PKCS11Error], int] = {
+    exceptions.HostMemory: 0x02,
+    exceptions.SlotIDInvalid: 0x03,
+    exceptions.GeneralError: 0x05,
+    exceptions.FunctionFailed: 0x06,
+    exceptions.AttributeReadOnly: 0x10,
+    exceptions.AttributeValueInvalid: 0x13,
+    exceptions.DeviceError: 0x30,
+    exceptions.DeviceMemory: 0x31,
+    exceptions.DeviceRemoved: 0x32,
+    exceptions.FunctionCancelled: 0x50,
+    exceptions.FunctionNotSupported: 0x54,
+    exceptions.KeySizeRange: 0x62,
+    exceptions.MechanismInvalid: 0x70,
+    exceptions.ObjectHandleInvalid: 0x82,
+    exceptions.OperationActive: 0x90,
+    exceptions.OperationNotInitialized: 0x91,
+    exceptions.SessionClosed: 0xB0,
+    exceptions.SessionCount: 0xB1,
+    exceptions.SessionHandleInvalid: 0xB3,
+    exceptions.TemplateInconsistent: 0xD1,
+    exceptions.TokenNotPresent: 0xE0,
+    exceptions.TokenNotRecognised: 0xE1,
+    exceptions.TokenWriteProtected: 0xE2,
+    exceptions.UserNotLoggedIn: 0x101,
+}
+
 CKR_SESSION_COUNT = 0xB1
 CKR_USER_ALREADY_LOGGED_IN = 0x100
 CKR_CRYPTOKI_NOT_INITIALIZED = 0x190
@@ -80,16 +111,24 @@ PIN_REFUSED = frozenset({0xA0, 0xA1, 0xA2, 0xA3, 0xA4, 0x102})
 """Answers of C_Login that another try with the same PIN cannot change, and may turn into a locked token."""
 
 
-class CryptokiError(Exception):
+class CryptokiError(PKCS11Error):
     """A PKCS#11 function did not return CKR_OK."""
 
-    def __init__(self, function: str, value: int) -> None:
+    def __init__(self, function: str, value: int | None, detail: str = "") -> None:
         self.function = function
         self.value = value
-        self.code, self.remedy = _CODES.get(value, (f"0x{value:X}", _NEW_TOKEN))
+        """None: not known."""
+        known = ("unknown", _NEW_TOKEN) if value is None else _CODES.get(value, (f"0x{value:X}", _NEW_TOKEN))
+        self.code, self.remedy = known
         """`code` is the CKR's name, or its number where it has none: as in messages and metric labels."""
-        super().__init__(f"{function}: {self.code}")
+        self._detail = f"in {function}: {detail}" if detail else f"in {function}"
+        super().__init__(f"{self.code}: {self._detail}")
+
+    @classmethod
+    def of(cls, function: str, error: PKCS11Error) -> CryptokiError:
+        """Return what an exception of python-pkcs11 means."""
+        return cls(function, _LIBRARY_CLASSES.get(type(error)), str(error))
 
     def token_error(self, *, retryable: bool = True) -> TokenError:
         """Return what a client of the token is told."""
-        return TokenError(self.code, f"in {self.function}", retryable=retryable)
+        return TokenError(self.code, self._detail, retryable=retryable)

@@ -13,7 +13,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hsm.backends._cryptoki import Module
+from pkcs11 import PKCS11Error, Session, Token, TokenFlag
+
 from hsm.backends.pkcs11_errors import (
     CKR_CRYPTOKI_NOT_INITIALIZED,
     CKR_USER_ALREADY_LOGGED_IN,
@@ -21,9 +22,9 @@ from hsm.backends.pkcs11_errors import (
     CryptokiError,
 )
 from hsm.backends.pkcs11_keys import TokenKey, find_keys
+from hsm.backends.pkcs11_library import Library, close_session, open_session
 from hsm.errors import PinRefused, TokenConfigError, TokenError
 
-_CKF_USER_PIN_FINAL_TRY = 0x20000
 _OPEN_ATTEMPTS = 3
 _BACK_OFF_S = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 _LOST_AFTER_S = 30.0
@@ -43,21 +44,12 @@ class TokenSelector:
         named = {"label": self.label, "serial number": self.serial, "slot": self.slot}
         return " and ".join(f"{name} {value!r}" for name, value in named.items() if value is not None)
 
-
-@dataclass(frozen=True, slots=True)
-class _TokenInfo:
-    label: str
-    serial: str
-    flags: int
-
-    def __str__(self) -> str:
-        return f"label {self.label!r}, serial number {self.serial!r}"
-
-    def matches(self, selector: TokenSelector, slot: int) -> bool:
+    def matches(self, token: Token) -> bool:
+        """Whether it is this one."""
         return (
-            selector.label in (None, self.label)
-            and selector.serial in (None, self.serial)
-            and selector.slot in (None, slot)
+            self.label in (None, token.label)
+            and self.serial in (None, _serial(token))
+            and self.slot in (None, token.slot.slot_id)
         )
 
 
@@ -67,8 +59,8 @@ class OpenToken:
 
     generation: int
     """Goes up with each login."""
-    slot: int
-    session: int
+    token: Token
+    session: Session
     """Keeps the login alive: the application is logged out when its last session closes (PKCS#11 v2.40 section 2.6)."""
     keys: tuple[TokenKey, ...]
     handles: Mapping[bytes, int]
@@ -78,7 +70,9 @@ class OpenToken:
 class TokenKeeper:
     """A token that has been found and logged in to."""
 
-    def __init__(self, module: Module, selector: TokenSelector, pin: bytearray, key_references: Sequence[str]) -> None:
+    def __init__(
+        self, library: Library, selector: TokenSelector, pin: bytearray, key_references: Sequence[str]
+    ) -> None:
         """Find the token and its keys. The PIN stays in memory, for the token may want it again.
 
         Raises:
@@ -86,7 +80,7 @@ class TokenKeeper:
             PinRefused: the token refuses the PIN.
             TokenError: the token is not there, or does not work.
         """
-        self._module = module
+        self._library = library
         self._selector = selector
         self._pin = pin
         self._key_references = key_references
@@ -125,7 +119,7 @@ class TokenKeeper:
             self._not_before_s = now_s + _BACK_OFF_S[min(self._failures, len(_BACK_OFF_S) - 1)]
             self._failures += 1
             with contextlib.suppress(CryptokiError):
-                self._module.close_session(failed.session)
+                close_session(failed.session)
             try:
                 self.state = self._reopened(failed.generation + 1)
             except TokenConfigError as error:
@@ -146,57 +140,55 @@ class TokenKeeper:
         except CryptokiError as error:
             if attempts == 1:
                 raise error.token_error() from None
-            if error.value == CKR_CRYPTOKI_NOT_INITIALIZED:
-                self._module.initialize()
+            # python-pkcs11 has no exception of its own for CKR_CRYPTOKI_NOT_INITIALIZED.
+            if error.value in (None, CKR_CRYPTOKI_NOT_INITIALIZED):
+                self._library.initialize()
         return self._reopened(generation, attempts - 1)
 
     def _open(self, generation: int) -> OpenToken:
-        slot = self._find_slot()
-        session = self._module.open_session(slot)
+        token = self._find_token()
+        session = open_session(token)
         try:
             self._log_in(session)
-            keys = tuple(find_keys(self._module, session, self._key_references))
+            keys = tuple(find_keys(session, self._key_references))
         except Exception:
             with contextlib.suppress(CryptokiError):
-                self._module.close_session(session)
+                close_session(session)
             raise
-        return OpenToken(generation, slot, session, keys, {key.public_key: key.handle for key in keys})
+        return OpenToken(generation, token, session, keys, {key.public_key: key.handle for key in keys})
 
-    def _find_slot(self) -> int:
-        """Return the slot the token is in now: one that was away may come back in another.
+    def _find_token(self) -> Token:
+        """Return the token in the slot it is in now: one that was away may come back in another.
 
         Raises TokenError while it is away, TokenConfigError when only a person can help, and CryptokiError.
         """
         matching = []
         seen = []
-        for slot in self._module.slots():
-            token = self._token_in(slot)
-            seen.append(f"slot {slot}: {token or 'no token that answers'}")
-            if token is not None and token.matches(self._selector, slot):
-                matching.append((slot, token))
+        for slot in self._library.slots():
+            try:
+                token = slot.get_token()
+            except PKCS11Error:
+                seen.append(f"slot {slot.slot_id}: no token that answers")
+                continue
+            seen.append(f"slot {slot.slot_id}: label {token.label!r}, serial number {_serial(token)!r}")
+            if self._selector.matches(token):
+                matching.append(token)
         problem = f"expected one token with {self._selector}; got {len(matching)} ({'; '.join(seen) or 'no slots'})"
         if not matching:
             raise TokenError("CKR_TOKEN_NOT_PRESENT", problem, retryable=True)
         if len(matching) > 1:
             raise TokenConfigError(problem)
-        ((slot, token),) = matching
-        if token.flags & _CKF_USER_PIN_FINAL_TRY:
+        (token,) = matching
+        if token.flags & TokenFlag.USER_PIN_FINAL_TRY:
             raise TokenConfigError(
                 f"token with {self._selector}: another refused PIN locks it (CKF_USER_PIN_FINAL_TRY), so none is tried;"
                 " log in by hand once"
             )
-        return slot
+        return token
 
-    def _token_in(self, slot: int) -> _TokenInfo | None:
+    def _log_in(self, session: Session) -> None:
         try:
-            label, serial, flags = self._module.token_info(slot)
-        except CryptokiError:
-            return None
-        return _TokenInfo(_text(label), _text(serial), flags)
-
-    def _log_in(self, session: int) -> None:
-        try:
-            self._module.login(session, self._pin)
+            self._library.log_in(session, self._pin)
         except CryptokiError as error:
             if error.value == CKR_USER_ALREADY_LOGGED_IN:
                 return
@@ -206,5 +198,5 @@ class TokenKeeper:
             raise
 
 
-def _text(padded: bytes) -> str:
-    return padded.rstrip(b" \0").decode("utf-8", "replace")
+def _serial(token: Token) -> str:
+    return token.serial.rstrip(b" \0").decode("utf-8", "replace")

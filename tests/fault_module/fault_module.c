@@ -34,6 +34,7 @@ enum {
     GET_SLOT_LIST = 4,
     GET_TOKEN_INFO = 6,
     GET_MECHANISM_LIST = 7,
+    GET_MECHANISM_INFO = 8,
     OPEN_SESSION = 12,
     CLOSE_SESSION = 13,
     CLOSE_ALL_SESSIONS = 14,
@@ -44,7 +45,7 @@ enum {
     FUNCTION_COUNT = 68
 };
 
-enum { CKR_OK = 0, CKR_GENERAL_ERROR = 5 };
+enum { CKR_OK = 0, CKR_GENERAL_ERROR = 5, CKR_MECHANISM_INVALID = 0x70 };
 
 struct function_list {
     unsigned char version[2];
@@ -192,6 +193,11 @@ static ulong_t get_mechanism_list(ulong_t slot, ulong_t *list, ulong_t *count) {
     }
     *count = kept;
     return CKR_OK;
+}
+
+static ulong_t get_mechanism_info(ulong_t slot, ulong_t mechanism, void *info) {
+    ulong_t (*call)(ulong_t, ulong_t, void *) = target->function[GET_MECHANISM_INFO];
+    return is_hidden(mechanism) ? CKR_MECHANISM_INVALID : call(slot, mechanism, info);
 }
 
 static ulong_t open_session(ulong_t slot, ulong_t flags, void *application, void *notify, ulong_t *session) {
@@ -366,6 +372,7 @@ ulong_t C_GetFunctionList(struct function_list **list) {
         own.function[GET_SLOT_LIST] = get_slot_list;
         own.function[GET_TOKEN_INFO] = get_token_info;
         own.function[GET_MECHANISM_LIST] = get_mechanism_list;
+        own.function[GET_MECHANISM_INFO] = get_mechanism_info;
         own.function[OPEN_SESSION] = open_session;
         own.function[CLOSE_SESSION] = close_session;
         own.function[LOGIN] = login;

@@ -264,6 +264,25 @@ def test_signs_after_all_sessions_and_the_login_were_lost(
     assert counted(token) == {metrics.SESSIONS: 8.0, metrics.SESSION_REOPENS: 8.0}
 
 
+@pytest.mark.parametrize("on", [On.FIND, On.SLOTS, On.OPEN_SESSION, On.LOGIN])
+@pytest.mark.parametrize("error", [CKR_DEVICE_ERROR, CKR_SESSION_HANDLE_INVALID, VENDOR_DEFINED])
+def test_recovers_in_spite_of_errors_in_recovery(
+    token: FaultyToken, open_token: Callable[..., Pkcs11Backend], error: int, on: On
+) -> None:
+    backend = open_token()
+    token.faults.lose_sessions()
+    token.faults.fail(error, on, times=2)
+    sign(backend)
+    sign(backend, 1)
+    assert token.faults.get("open_sessions") == 3, "none is forgotten"
+
+
+def test_initialises_a_module_again_that_has_forgotten_it(open_token: Callable[..., Pkcs11Backend]) -> None:
+    backend = open_token()
+    backend.library.finalize()
+    sign(backend)
+
+
 def test_what_one_thread_has_won_back_another_does_not_open_again(
     token: FaultyToken, open_token: Callable[..., Pkcs11Backend]
 ) -> None:
