@@ -396,6 +396,8 @@ class Config:
     """Whom proxy workers run as when the proxy is started by root: a name or a uid; None: as root."""
     hsm_user: str | None
     """Whom HSM workers run as, likewise."""
+    watch_certificates: bool
+    """Chain files and soft tokens that have changed come into force by themselves."""
     hang_timeout_s: float
     """A worker process that gives no sign of life for so long is killed and replaced."""
     log: LogConfig

@@ -96,6 +96,7 @@ def _config(root: MappingReader, directory: Path) -> Config:
         drain_timeout_s=root.optional("drain_timeout", lambda value: value.duration(0.1, 86400), 30.0),
         user=root.optional("user", _user, None),
         hsm_user=root.optional("hsm_user", _user, None),
+        watch_certificates=root.optional("watch_certificates", Value.boolean, False),
         hang_timeout_s=root.optional("hang_timeout", lambda value: value.duration(2, 3600), 10.0),
         log=LogConfig(
             level=log.optional("level", lambda value: value.choice(LogLevel), LogLevel.INFO),

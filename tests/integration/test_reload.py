@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
+
 from hsm.keys import generate_private_key, public_key_der
 from hsm.messages import KeyType
 from hsm.pki import make_demo_ca
@@ -55,8 +57,8 @@ async def test_twenty_reloads_under_load_lose_no_request(tmp_path: Path) -> None
         assert handshakes >= load.connections - 4
 
 
-async def reloads(proxy: Proxy, count: int) -> bool:
-    return await proxy.metric("tlsproxy_config_reloads_total", result="success") == count
+async def reloads(proxy: Proxy, count: int, result: str = "success") -> bool:
+    return await proxy.metric("tlsproxy_config_reloads_total", result=result) == count
 
 
 async def test_a_new_key_and_certificate_come_into_force_under_load(tmp_path: Path) -> None:
@@ -95,6 +97,24 @@ async def served_certificate(proxy: Proxy) -> bytes:
     with contextlib.suppress(OSError):
         await writer.wait_closed()
     return certificate
+
+
+async def test_a_certificate_that_is_renewed_on_disk_comes_into_force_by_itself(tmp_path: Path) -> None:
+    async with site(tmp_path, watch_certificates=True) as proxy:
+        before = await served_certificate(proxy)
+        chain = tmp_path / "www.pem"
+        key = x509.load_pem_x509_certificate(chain.read_bytes()).public_key()
+        renewed = make_demo_ca().issue_leaf(public_key_der(key), ["localhost"], [])
+        (tmp_path / "www.pem.new").write_bytes(renewed)
+        (tmp_path / "www.pem.new").rename(chain)
+        await proxy.until(lambda: reloads(proxy, 1), "a reload")
+        after = await served_certificate(proxy)
+        assert before != after == ssl.PEM_cert_to_DER_cert(first_certificate(chain))
+
+        make_site_of_another_key(tmp_path)
+        (tmp_path / "other.pem").rename(chain)
+        await proxy.until(lambda: reloads(proxy, 1, "failure"), "a reload that fails")
+        assert await served_certificate(proxy) == after
 
 
 async def test_what_is_wrong_is_told_and_the_old_state_serves_on(tmp_path: Path) -> None:

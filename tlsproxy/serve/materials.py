@@ -31,6 +31,21 @@ class Material:
     pem: bytes = field(repr=False)
 
 
+def file_version(path: Path | None) -> tuple[int, ...] | None:
+    """Return what differs between versions of a file; None if there is none."""
+    try:
+        found = None if path is None else path.stat()
+    except OSError:
+        found = None
+    return None if found is None else (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def file_versions(config: Config) -> list[tuple[int, ...] | None]:
+    """Return the versions of the chain files and soft tokens."""
+    chains = (certificate.chain_file for certificate in config.certificates)
+    return [file_version(path) for path in (*chains, *(token.path for token in config.hsm.tokens))]
+
+
 def load_materials(config: Config) -> dict[str, Material]:
     """Read every certificate chain; return them by name. Raises ConfigError with all problems."""
     materials = {}

@@ -24,7 +24,7 @@ from tlsproxy.serve.command_socket import CommandServer
 from tlsproxy.serve.control import NewTicketKeys
 from tlsproxy.serve.figures import Figures
 from tlsproxy.serve.generation import Generation, Host, bring_up
-from tlsproxy.serve.materials import Material, load_materials
+from tlsproxy.serve.materials import Material, file_versions, load_materials
 from tlsproxy.serve.rates import SAMPLE_INTERVAL_S
 from tlsproxy.serve.runtime_directory import RuntimeDirectory
 from tlsproxy.serve.service_manager import ServiceManager
@@ -35,6 +35,7 @@ from tlsproxy.tls.context import TicketKey
 TICKET_KEY_LIFETIME_S = 12 * 3600.0
 """A key encrypts session tickets so long, then decrypts them for twice that."""
 _OLD_TICKET_KEYS = 2
+WATCH_INTERVAL_S = 2.0
 
 _logger = logging.getLogger("tlsproxy.supervisor")
 
@@ -127,6 +128,7 @@ class Supervisor:
             self._spawn(self._feed_watchdog(self._service_manager.watchdog_s))
         self._spawn(self._rotate_ticket_keys())
         self._spawn(self._take_samples())
+        self._spawn(self._watch_certificates())
 
     async def _close(self) -> None:
         for task in self._tasks:
@@ -184,13 +186,17 @@ class Supervisor:
 
         Raises ConfigError and StartupError; then the old state serves on.
         """
+        await self._change(lambda: load_config(self._config_file))
+
+    async def _change(self, load: Callable[[], Config]) -> None:
+        """Serve by the configuration that `load` returns. Raises what reload does."""
         try:
             async with self._reloading:
                 if self._stop.is_set():
                     raise StartupError("reload: expected a proxy that serves; it is draining")
                 self._reload_task = asyncio.current_task()
                 self._service_manager.reloading()
-                config = await asyncio.to_thread(load_config, self._config_file)
+                config = await asyncio.to_thread(load)
                 self._expect_same_directory(config)
                 await self._replace(config, await asyncio.to_thread(load_materials, config))
         except (ConfigError, StartupError, HsmError) as error:
@@ -208,6 +214,23 @@ class Supervisor:
     async def _reload_on_signal(self) -> None:
         with contextlib.suppress(ConfigError, StartupError, HsmError):
             await self.reload()
+
+    async def _watch_certificates(self) -> None:
+        """Where it is wanted, serve by changed files of the configuration in force, once they have stopped changing."""
+        config = self._current.config
+        served = before = file_versions(config)
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            if self._current.config is not config:
+                config = self._current.config
+                served = before = file_versions(config)
+            found = file_versions(config)
+            if config.watch_certificates and found == before != served:
+                _logger.info("certificates or soft tokens have changed")
+                served = found
+                with contextlib.suppress(ConfigError, StartupError, HsmError):
+                    await self._change(lambda: self._current.config)
+            before = found
 
     async def _replace(self, config: Config, materials: Mapping[str, Material]) -> None:
         old = self._current

@@ -20,7 +20,7 @@ from hsm.messages import KeyInfo
 from hsm.pool import TokenEndpoints
 from tlsproxy.config import Config, TokenConfig, TokenKind
 from tlsproxy.errors import ConfigError, Problem, StartupError
-from tlsproxy.serve.materials import Material, key_problems
+from tlsproxy.serve.materials import Material, file_version, key_problems
 from tlsproxy.serve.users import identity
 
 READY_TIMEOUT_S = 30.0
@@ -55,7 +55,9 @@ class TokenGroups:
         for token in config.hsm.tokens:
             launched = _token(token, _keys_used(config, token.name))
             users = (config.user, config.hsm_user)
-            started_with = (launched, config.log, config.hang_timeout_s, users, *_stamps(token))
+            # A worker reads the soft token and the PIN once, at its start.
+            files = (file_version(token.path), file_version(token.pin_file))
+            started_with = (launched, config.log, config.hang_timeout_s, users, files)
             present = None if previous is None else previous._running.get(token.name)
             if present is not None and present.started_with == started_with and present.group.failure is None:
                 self._running[token.name] = present
@@ -164,16 +166,6 @@ class TokenGroups:
 def _keys_used(config: Config, token: str) -> tuple[str, ...]:
     """Return the keys that certificates have on this token: its workers are to sign with no other."""
     return tuple(dict.fromkeys(certificate.key for certificate in config.certificates if token in certificate.tokens))
-
-
-def _stamps(token: TokenConfig) -> Iterable[tuple[int, ...] | None]:
-    """Tell versions of the files that a worker reads once, at its start: the soft token and the PIN."""
-    for path in (token.path, token.pin_file):
-        try:
-            found = None if path is None else path.stat()
-        except OSError:
-            found = None
-        yield None if found is None else (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _group(token: Token, directory: Path, config: Config) -> WorkerGroup:
