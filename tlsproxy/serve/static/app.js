@@ -1,6 +1,6 @@
 // The live status page: one document a second from /live, shown as tiles, charts and tables.
 
-import { Chart } from "/chart.js";
+import { Chart, Linear, Logarithmic } from "/chart.js";
 import { Table } from "/table.js";
 
 const PHASES = ["client_hello", "certificate", "queue", "sign", "client", "finish"];
@@ -12,8 +12,8 @@ const rate = (value) => (value >= 100 || value === 0 ? count(value) : value.toPr
 
 function duration(seconds) {
   if (seconds === 0) return "0 ms";
-  if (seconds >= 1) return `${seconds.toFixed(2)} s`;
-  if (seconds >= 0.001) return `${(seconds * 1000).toPrecision(3)} ms`;
+  if (seconds >= 1) return `${Number(seconds.toPrecision(3))} s`;
+  if (seconds >= 0.001) return `${Number((seconds * 1000).toPrecision(3))} ms`;
   return `${(seconds * 1e6).toFixed(0)} µs`;
 }
 
@@ -59,13 +59,13 @@ const tiles = Object.entries(TILES).map(([name, read]) => {
 // Charts.
 
 const rates = new Chart(byId("rates"), {
-  label: "Handshakes per second", names: ["full", "resumed", "failed"], format: rate, least: 1,
+  label: "Handshakes per second", names: ["full", "resumed", "failed"], format: rate, axis: new Linear(1),
 });
 const durations = new Chart(byId("duration"), {
-  label: "Duration of full handshakes", names: ["p50", "p95", "p99"], format: duration, least: 0.001,
+  label: "Duration of full handshakes", names: ["p50", "p95", "p99"], format: duration, axis: new Logarithmic(1e-4, 5),
 });
 const phases = new Chart(byId("phases"), {
-  label: "Duration by phase", names: PHASES, format: duration, least: 0.0001,
+  label: "Duration by phase", names: PHASES, format: duration, axis: new Logarithmic(1e-5, 6),
 });
 const phaseHistory = [];
 

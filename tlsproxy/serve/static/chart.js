@@ -11,27 +11,57 @@ function svg(name, attributes, parent) {
   return element;
 }
 
-// The least of 1, 2, 5, 10, 20 ... times a power of ten that is not below `value`.
-function ceiling(value) {
-  const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((factor) => factor * power).find((bound) => bound >= value);
+// An axis from 0 to the least of 1, 2, 5, 10, 20 ... times a power of ten that is not below the greatest value.
+export class Linear {
+  constructor(least) {
+    this.least = this.top = least;
+  }
+
+  fit(greatest) {
+    const value = Math.max(this.least, greatest);
+    const power = 10 ** Math.floor(Math.log10(value));
+    this.top = [1, 2, 5, 10].map((factor) => factor * power).find((bound) => bound >= value);
+  }
+
+  share(value) {
+    return value / this.top;
+  }
+
+  get marks() {
+    return [0, 0.5, 1].map((share) => share * this.top);
+  }
+}
+
+// An axis of decades, always the same: what takes microseconds is seen beside what takes seconds.
+export class Logarithmic {
+  constructor(low, decades) {
+    this.low = low;
+    this.decades = decades;
+    this.marks = Array.from({ length: decades + 1 }, (_, index) => low * 10 ** index);
+  }
+
+  fit() {}
+
+  share(value) {
+    return Math.min(1, Math.max(0, Math.log10(Math.max(value, this.low) / this.low) / this.decades));
+  }
 }
 
 export class Chart {
-  // `names` are the series; `format` makes a number text; `least` is the smallest upper end of the axis.
-  constructor(parent, { label, names, format, least }) {
+  // `names` are the series; `format` makes a number text.
+  constructor(parent, { label, names, format, axis }) {
     this.format = format;
-    this.least = least;
+    this.axis = axis;
     this.label = label;
     this.points = [];
     this.svg = svg("svg", { role: "img" }, parent);
-    this.marks = [0, 0.5, 1].map((share) => {
-      const y = this.y(share);
+    this.marks = axis.marks.map((value) => {
+      const y = this.y(value);
       svg("line", { class: "grid", x1: LEFT, x2: "100%", y1: y, y2: y }, this.svg);
-      return { share, text: svg("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, this.svg) };
+      return svg("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, this.svg);
     });
-    svg("text", { x: LEFT, y: HEIGHT - 2 }, this.svg).textContent = `${SECONDS} s ago`;
-    svg("text", { x: "100%", y: HEIGHT - 2, "text-anchor": "end" }, this.svg).textContent = "now";
+    svg("text", { x: LEFT, y: HEIGHT - 5 }, this.svg).textContent = `${SECONDS} s ago`;
+    svg("text", { x: "100%", y: HEIGHT - 5, "text-anchor": "end" }, this.svg).textContent = "now";
     this.lines = names.map((_, index) => svg("path", { class: `series s${index}` }, this.svg));
     const list = parent.appendChild(document.createElement("ul"));
     list.className = "legend";
@@ -45,8 +75,8 @@ export class Chart {
     this.names = names;
   }
 
-  y(share) {
-    return TOP + (1 - share) * (HEIGHT - TOP - BOTTOM);
+  y(value) {
+    return TOP + (1 - this.axis.share(value)) * (HEIGHT - TOP - BOTTOM);
   }
 
   // Add what was measured at `time` (seconds): one number, or null for nothing, for each series.
@@ -60,9 +90,8 @@ export class Chart {
   draw() {
     const last = this.points.at(-1);
     const width = this.svg.clientWidth - LEFT;
-    const greatest = Math.max(this.least, ...this.points.flatMap((point) => point.values.map((value) => value ?? 0)));
-    const top = ceiling(greatest);
-    for (const { share, text } of this.marks) text.textContent = this.format(share * top);
+    this.axis.fit(Math.max(...this.points.flatMap((point) => point.values.map((value) => value ?? 0))));
+    this.axis.marks.forEach((value, index) => { this.marks[index].textContent = this.format(value); });
     this.lines.forEach((line, series) => {
       let path = "", pen = "M", previous = null;
       for (const { time, values } of this.points) {
@@ -72,7 +101,7 @@ export class Chart {
         previous = time;
         if (value === null) continue;
         const x = LEFT + (1 - (last.time - time) / SECONDS) * width;
-        path += `${pen}${x.toFixed(1)} ${this.y(value / top).toFixed(1)}`;
+        path += `${pen}${x.toFixed(1)} ${this.y(value).toFixed(1)}`;
         pen = "L";
       }
       line.setAttribute("d", path);
