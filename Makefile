@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-versio
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build system-packages demo test lint format conformance asan bench soak clean
+.PHONY: help build system-packages demo test lint format conformance asan abuse bench soak clean
 
 help:
 	@echo "make demo         run the demo until Ctrl-C (ARGS=\"--port 9443\" and the like are passed on)"
@@ -19,7 +19,8 @@ help:
 	@echo "make conformance  run the HTTP conformance corpus through the real proxy"
 	@echo "make asan         run the engine's tests with its C code under AddressSanitizer and UBSan"
 	@echo "make bench        compare with other servers; writes PERFORMANCE.md and perf/results (10 minutes)"
-	@echo "make soak         count 10,000 mixed handshakes exactly"
+	@echo "make abuse        attack the proxy in eleven ways, and see what honest clients notice (minutes)"
+	@echo "make soak         count 10,000 mixed handshakes exactly; 1 GB both ways past a slow reader, and the memory for it"
 	@echo "make lint         ruff, mypy --strict, import layers, clang-format"
 	@echo "make format       format Python and C"
 	@echo "make build        set up .venv and compile the extension"
@@ -57,12 +58,16 @@ conformance: build
 asan: system-packages build
 	@tests/asan/run.sh
 
+abuse: system-packages build
+	@$(BIN)/python -m tests.abuse $(ARGS)
+
 bench: system-packages build
 	@tests/system-packages.sh perf/system-packages.txt
 	@$(BIN)/python -m perf compare --output perf/results --update PERFORMANCE.md $(ARGS)
 
 soak: system-packages build
 	@HANDSHAKES=10000 $(BIN)/python -m pytest tests/observability/test_exact_counts.py $(ARGS)
+	@$(BIN)/python -m tests.soak
 
 lint: system-packages .venv/lint-tools
 	@$(BIN)/ruff check .

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import fcntl
 import logging
 import math
+import sys
+import termios
 from abc import ABC, abstractmethod
 from time import monotonic
 from typing import TYPE_CHECKING, cast
@@ -46,9 +49,11 @@ if TYPE_CHECKING:
 
 WRITE_BUFFER_BYTES = 64 * 1024
 """A transport that holds more than this is full: whoever fills it is paused."""
-LINGER_S = 5.0
-"""How long a client may go on sending after the proxy has closed its side, before it is cut off."""
-LINGER_BYTES = 8 * 1024 * 1024
+LINGER_S = 20.0
+"""How long a client may go on sending after the proxy has closed its side, before it is cut off.
+
+Many send all of a large body before they read the response that refuses it.
+"""
 
 HANDSHAKE_LOG = "tlsproxy.handshake"
 _log = logging.getLogger("tlsproxy.connection")
@@ -90,8 +95,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         "_client_wait_s",
         "_eof_received",
         "_idle_since_s",
-        "_last_buffered",
-        "_lingered_bytes",
+        "_last_unread",
         "_negotiated",
         "_paused",
         "_peer",
@@ -131,8 +135,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         self._signature: asyncio.Future[Signature] | None = None
         self._signed: Signature | None = None
         self._sign_failure = ""
-        self._last_buffered = 0
-        self._lingered_bytes = 0
+        self._last_unread = 0
         self._eof_received = False
 
     # What a subclass does.
@@ -226,7 +229,7 @@ class ClientConnection(asyncio.Protocol, ABC):
             self.data_received(rest)
 
     def data_received(self, data: bytes) -> None:
-        """Decrypt, and act on what that yields."""
+        """Decrypt, and act on what that yields; after our end, throw away."""
         if self.phase is Phase.OPEN:
             self._act_on(self._tls.receive_data(data))
         elif self.phase is Phase.HANDSHAKE:
@@ -236,10 +239,6 @@ class ClientConnection(asyncio.Protocol, ABC):
             self._idle_since_s = monotonic()
         elif self.phase is Phase.PROXY_HEADER:
             self._proxy_header_received(data)
-        else:
-            self._lingered_bytes += len(data)
-            if self._lingered_bytes > LINGER_BYTES:
-                self._transport.abort()
 
     def eof_received(self) -> bool:
         """End, unless the client had said close_notify and an answer is still due (True: keep the transport)."""
@@ -266,7 +265,7 @@ class ClientConnection(asyncio.Protocol, ABC):
     def pause_writing(self) -> None:
         """The client reads slower than is sent to it."""
         self.write_paused = True
-        self._last_buffered = self._transport.get_write_buffer_size()
+        self._last_unread = self._unread_bytes()
         if self.phase is Phase.OPEN:
             self.output_writable(False)
 
@@ -357,13 +356,26 @@ class ClientConnection(asyncio.Protocol, ABC):
             self._transport.abort()
 
     def output_progressed(self, now_s: float) -> bool:
-        """Tell whether the client has read some of what waits for it; if so, the deadline moves on."""
-        buffered = self._transport.get_write_buffer_size()
-        progressed = 0 < buffered < self._last_buffered
-        self._last_buffered = buffered
+        """Tell whether the client has read enough of what waits for it; if so, the deadline moves on."""
+        config = self.runtime.config
+        unread = self._unread_bytes()
+        enough = max(1.0, config.limits.body_rate * config.timeouts.body_idle_s)
+        progressed = 0 < unread <= self._last_unread - enough
+        self._last_unread = unread
         if progressed:
-            self.deadline = now_s + self.runtime.config.timeouts.body_idle_s
+            self.deadline = now_s + config.timeouts.body_idle_s
         return progressed
+
+    def _unread_bytes(self) -> int:
+        """Return how much the client has not acknowledged, of what the transport and the kernel have.
+
+        The kernel takes up to some megabytes, and then nothing for minutes if the client is slow but sound.
+        """
+        transport = self._transport
+        if transport.is_closing():
+            return 0
+        in_kernel = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return transport.get_write_buffer_size() + int.from_bytes(in_kernel, sys.byteorder)
 
     # Handshake and closing.
 
@@ -504,7 +516,7 @@ class ClientConnection(asyncio.Protocol, ABC):
             return
         self.phase = Phase.LINGERING
         self.deadline = monotonic() + LINGER_S
-        self._last_buffered = transport.get_write_buffer_size() + 1
+        self._last_unread = self._unread_bytes() + 1
         transport.write_eof()
         if self._paused:
             self._paused = PauseReason(0)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PIPELINED_BYTES = 64 * 1024
 """What is read ahead while a response is under way. Reading on is how a client that leaves is noticed."""
 STEPS_PER_TURN = 16
-"""Requests answered by the proxy itself, or parts of a body in tiny chunks, before other connections get their turn."""
+"""Requests answered by the proxy itself before other connections get their turn."""
 DRAIN_IDLE_S = 2.0
 """How long a connection without a request is kept once the proxy drains."""
 
@@ -212,12 +212,16 @@ class HttpConnection(ClientConnection):
             for _ in range(STEPS_PER_TURN):
                 if self.phase is not Phase.OPEN or not self._step():
                     return
-            self.pause(PauseReason.TURN)
-            asyncio.get_running_loop().call_soon(self._next_turn)
+            self._end_turn()
         except HttpError as error:
             self._refuse(error)
         finally:
             self._advancing = False
+
+    def _end_turn(self) -> None:
+        """Let other connections have theirs before going on."""
+        self.pause(PauseReason.TURN)
+        asyncio.get_running_loop().call_soon(self._next_turn)
 
     def _next_turn(self) -> None:
         if self.phase is Phase.OPEN:
@@ -244,7 +248,10 @@ class HttpConnection(ClientConnection):
                 exchange.pace.received(len(data), monotonic())
             exchange.send(data, last=reader.at_end, trailers=reader.trailers)
             self._set_deadline()
-            if reader.has_more or self._exchange is None:
+            if reader.has_more:
+                self._end_turn()
+                return False
+            if self._exchange is None:
                 return True
             if self._closing_input and not reader.at_end:
                 self.abort()

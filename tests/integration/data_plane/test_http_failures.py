@@ -383,6 +383,28 @@ async def test_a_client_that_never_reads_is_cut_off() -> None:
         await until(lambda: app.connections[0].ended.is_set())
 
 
+async def test_a_client_that_reads_slowly_but_reads_is_not_cut_off() -> None:
+    async def flood(connection: BackendConnection) -> None:
+        await connection.head()
+        await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+        while True:
+            await connection.send(bytes(100_000))
+
+    async with backend(flood) as app, data_plane(app.port, timeouts={"body_idle_s": 0.05}) as proxy:
+        client = await proxy.connect()
+        await client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        await until(lambda: any(connection.write_paused for connection in proxy.runtime._open))
+        for _ in range(6):
+            await asyncio.sleep(0.1)
+            # The kernel holds so much more that the transport may have nothing to do for a long time.
+            for _ in range(6):
+                await client.more()
+                client.buffer = b""
+            await asyncio.sleep(0.02)
+            proxy.sweep()
+            assert proxy.runtime.connections == 1
+
+
 async def test_limits_on_connections_are_counted() -> None:
     async with backend() as app, data_plane(app.port, limits={"connections": 2}) as proxy:
         first, second = await proxy.connect(), await proxy.connect()
