@@ -142,7 +142,8 @@ class TokenKeeper:
                 raise error.token_error() from None
             # python-pkcs11 has no exception of its own for CKR_CRYPTOKI_NOT_INITIALIZED.
             if error.value in (None, CKR_CRYPTOKI_NOT_INITIALIZED):
-                self._library.initialize()
+                with contextlib.suppress(CryptokiError):  # the next attempt will tell
+                    self._library.initialize()
         return self._reopened(generation, attempts - 1)
 
     def _open(self, generation: int) -> OpenToken:

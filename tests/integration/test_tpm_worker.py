@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,5 +79,10 @@ def test_signs_with_keys_that_are_in_a_tpm(worker: WorkerProcess) -> None:
 
 def test_signs_after_a_tpm_has_lost_its_sessions(worker: WorkerProcess, faults: FaultModule) -> None:
     faults.lose_sessions()
-    assert sign_with_all(worker) == {"www", "www-rsa"}
+    try:
+        assert sign_with_all(worker) == {"www", "www-rsa"}
+    except (EOFError, OSError):
+        # tpm2-pkcs11 1.9.0 itself crashes there now and then. That is a worker lost, which a WorkerGroup replaces.
+        assert worker.process.wait(timeout=10) == -signal.SIGSEGV
+        return
     assert faults.get("login_calls") == 2
