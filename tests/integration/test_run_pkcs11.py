@@ -10,6 +10,7 @@ import pytest
 from hsm.keys import public_key_der
 from hsm.messages import KeyType
 from hsm.pki import make_demo_ca
+from hsm.pool import SignerPool
 from tests.backends import backend
 from tests.fault_module import On
 from tests.proxy import run_to_end, running_proxy, site_config, write_config
@@ -97,3 +98,30 @@ async def test_a_certificate_whose_tokens_are_all_away_keeps_it_from_starting(
     async with TokenGroups(config) as groups:
         with pytest.raises(StartupError, match=r"'rsa': none of its tokens is ready: .*CKR_DEVICE_REMOVED"):
             await groups.wait_ready(load_materials(config))
+
+
+async def test_at_a_reload_every_new_token_must_open_and_the_others_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, faulty = cluster(tmp_path, "127.0.0.1:9")
+    both = load_config(str(write_config(tmp_path, raw)))
+    one = load_config(str(write_config(tmp_path, without_token_b(raw))))
+    one.runtime_dir.mkdir(mode=0o700)
+    monkeypatch.setattr(tokens, "READY_TIMEOUT_S", 2.0)
+    async with TokenGroups(one) as present:
+        await present.wait_ready(load_materials(one))
+        faulty["b"].faults.fail(CKR_DEVICE_REMOVED, On.ALL)
+        new = TokenGroups(both, present)
+        new.start()
+        with pytest.raises(StartupError, match=r"token b: .*CKR_DEVICE_REMOVED"):
+            await new.wait_ready(load_materials(both), all_new=True)
+        await new.stop(keep=[present])
+        assert new.endpoints[0] == present.endpoints[0]
+        async with SignerPool(present.endpoints) as pool:
+            await pool.wait_ready(10)
+
+
+def without_token_b(raw: dict[str, Any]) -> dict[str, Any]:
+    (first, *_) = raw["hsm"]["tokens"]
+    certificates = [{**certificate, "tokens": [first["name"]]} for certificate in raw["certificates"]]
+    return raw | {"hsm": {**raw["hsm"], "tokens": [first]}, "certificates": certificates}
