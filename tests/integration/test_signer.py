@@ -48,7 +48,7 @@ class Site:
         self.process = process
         self.signer = signer
         self.context = ssl.create_default_context(cafile=directory / "ca.pem")
-        self.port = int(process.listeners[0].getsockname()[1])
+        self.port = int(process.listeners[0][0].getsockname()[1])
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection("127.0.0.1", self.port, ssl=self.context, server_hostname="localhost")
@@ -110,12 +110,13 @@ async def site(directory: Path, sign_deadline: str = "30s") -> AsyncIterator[Sit
         listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
 
         def spec(worker: ProxyWorker) -> ProxyWorkerSpec:
-            fds = tuple(listener.fileno() for listener in worker.listeners)
+            fds = tuple(tuple(listener.fileno() for listener in group) for group in worker.listeners)
             endpoints = (TokenEndpoints("local", (str(path),)),)
-            return ProxyWorkerSpec(0, config, chains, fds, endpoints, worker.metrics_fd, keys)
+            return ProxyWorkerSpec(0, config, chains, fds, endpoints, worker.metrics_fd, (), keys)
 
-        process = ProxyWorker(0, [listening], spec, os.environ, lambda: None)
-        stack.push_async_callback(process.close)
+        stack.callback(listening.close)
+        process = ProxyWorker(0, [[listening]], spec, os.environ, lambda: None, config.hang_timeout_s)
+        stack.push_async_callback(process.close, lambda fd: None)
         await process.wait_started()
         yield Site(directory, process, signer)
 
