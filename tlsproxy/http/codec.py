@@ -1,14 +1,18 @@
 """Requests and responses as they come from the wire, one message at a time.
 
-Heads are read by the grammar of RFC 9112 and nothing beside it (`syntax`), bodies are framed by `body`. A reader is fed
-bytes as they come; its owner asks for the head, then for the body until `at_end`, then for the next head. Nothing is
-decoded before it is asked for, so a pipelined request waits its turn.
+A head must keep the rules of `syntax`, which say what is wrong with it, and then be read by a parser in wide use: h11
+for requests, llhttp for responses. What the two do not read alike goes nowhere. Bodies are framed by `body`. A reader
+is fed bytes as they come; its owner asks for the head, then for the body until `at_end`, then for the next head.
+Nothing is decoded before it is asked for, so a pipelined request waits its turn.
 """
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
+
+import h11
+import httptools
 
 from tlsproxy.errors import HttpError, UpstreamError
 from tlsproxy.http.body import Body, ChunkedBody, LengthBody, UntilCloseBody
@@ -239,6 +243,7 @@ def _parse_request(head: bytes) -> RequestHead:
     if host is None and not http_1_0:
         raise MessageError("bad_host")
     target = origin_form(method, target, host or b"")
+    _confirm_by_h11(head, method, len(fields))
     if upgrade and (http_1_0 or chunked or content_length or b"upgrade" not in options or not _may_ask_for(upgrade)):
         upgrade = b""
     return RequestHead(
@@ -256,6 +261,18 @@ def _parse_request(head: bytes) -> RequestHead:
         upgrade,
         takes_trailers,
     )
+
+
+def _confirm_by_h11(head: bytes, method: bytes, fields: int) -> None:
+    """Raises MessageError unless h11 reads the head as this request too."""
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=len(head))
+    connection.receive_data(head)
+    try:
+        event = connection.next_event()
+    except h11.RemoteProtocolError:
+        raise MessageError("bad_head") from None
+    if type(event) is not h11.Request or event.method != method or len(event.headers) != fields:
+        raise MessageError("bad_head")
 
 
 def _may_ask_for(protocol: bytes) -> bool:
@@ -357,6 +374,7 @@ def _parse_response(head: bytes, method: bytes) -> tuple[ResponseHead, Body | No
         raise MessageError("body_not_allowed")
     if status == 101 and (b"upgrade" not in options or not upgrade):
         raise MessageError("bad_upgrade")
+    _confirm_by_llhttp(head, status, len(fields))
     body: Body | None = None
     if status >= 200 and method != b"HEAD" and status not in (204, 304):
         if chunked:
@@ -381,3 +399,29 @@ def _parse_response(head: bytes, method: bytes) -> tuple[ResponseHead, Body | No
         ),
         body,
     )
+
+
+class _Headers:
+    """Counts what llhttp calls back for."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:  # noqa: ARG002 - httptools' signature
+        self.count += 1
+
+
+def _confirm_by_llhttp(head: bytes, status: int, fields: int) -> None:
+    """Raises MessageError unless llhttp reads the head as this response too."""
+    headers = _Headers()
+    parser = httptools.HttpResponseParser(headers)
+    try:
+        parser.feed_data(head)
+    except httptools.HttpParserUpgrade:
+        pass  # how httptools says that the head of a 101 has ended
+    except httptools.HttpParserError:
+        raise MessageError("bad_head") from None
+    if parser.get_status_code() != status or headers.count != fields:
+        raise MessageError("bad_head")

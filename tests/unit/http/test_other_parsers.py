@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from tlsproxy.config import HeaderRules
-from tlsproxy.errors import HttpError
+from tlsproxy.errors import HttpError, UpstreamError
 from tlsproxy.http.chunks import chunk, last_chunk
-from tlsproxy.http.codec import RequestHead, RequestReader
+from tlsproxy.http.codec import RequestHead, RequestReader, ResponseReader
 from tlsproxy.http.forwarding import Hop, RequestRules, request_head
 
 CORPUS = Path(__file__).parents[2] / "conformance" / "requests.yaml"
@@ -143,3 +143,28 @@ def test_what_the_corpus_becomes_by_chance() -> None:
             data = data[:at] + chance.choice(SPICE) + data[at + chance.randint(0, 1) :]
         accepted += compare(data)
     assert accepted > 500
+
+
+def test_a_request_that_h11_does_not_read_goes_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+    assert accept(request) is not None
+    monkeypatch.setattr(h11.Connection, "next_event", lambda _: h11.NEED_DATA)
+    assert accept(request) is None
+
+
+def test_a_response_that_llhttp_reads_otherwise_is_a_bad_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Misled(httptools.HttpResponseParser):
+        def get_status_code(self) -> int:
+            return 204
+
+    def read() -> int:
+        reader = ResponseReader()
+        reader.receive(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
+        head = reader.read_head(b"GET")
+        assert head is not None
+        return head.status
+
+    assert read() == 200
+    monkeypatch.setattr(httptools, "HttpResponseParser", Misled)
+    with pytest.raises(UpstreamError, match="bad_head"):
+        read()
