@@ -193,12 +193,15 @@ def client_hello(context: ssl.SSLContext) -> bytes:
     return outgoing.read()
 
 
-async def vanish(it: Site, hello: bytes, how: int) -> None:
-    """Send a ClientHello and, once its signature has been asked for, vanish: by FIN, by RST, or after extra bytes."""
-    before = len(it.signer.requests)
+async def begin(it: Site, hello: bytes) -> asyncio.StreamWriter:
+    """Connect and send a ClientHello."""
     _, writer = await asyncio.open_connection("127.0.0.1", it.port)
     writer.write(hello)
-    await asyncio.wait_for(it.signer.received(before + 1), 30)
+    return writer
+
+
+async def vanish(writer: asyncio.StreamWriter, how: int) -> None:
+    """Leave: by FIN, by RST, or after extra bytes."""
     if how == 1:
         raw = writer.get_extra_info("socket")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
@@ -218,10 +221,13 @@ async def test_3000_clients_that_vanish_mid_signature_leave_nothing_behind(tmp_p
         assert pid is not None
 
         async def wave(count: int) -> None:
-            for start in range(0, count, 100):
+            for _ in range(count // 100):
                 signatures_may_come = asyncio.Event()
                 it.signer.behaviour = held_until(signatures_may_come)
-                await asyncio.gather(*(vanish(it, hello, number % 3) for number in range(start, start + 100)))
+                asked = len(it.signer.requests)
+                writers = await asyncio.gather(*(begin(it, hello) for _ in range(100)))
+                await asyncio.wait_for(it.signer.received(asked + 100), 30)
+                await asyncio.gather(*(vanish(writer, number % 3) for number, writer in enumerate(writers)))
                 await it.settled()
                 # The signatures come too late: nobody waits for them any more.
                 signatures_may_come.set()
