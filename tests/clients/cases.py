@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 BODY = bytes(range(251)) * 41_780  # a little more than 10 MB
 PIECES = 40
@@ -18,6 +18,40 @@ def pieces() -> Iterator[bytes]:
     size = len(BODY) // PIECES + 1
     for start in range(0, len(BODY), size):
         yield BODY[start : start + size]
+
+
+class Ask(Protocol):
+    """How a Python client makes a request and tells what it saw; an iterator as the body has no length."""
+
+    def __call__(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | Iterator[bytes] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]: ...
+
+
+def http_cases(ask: Ask) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return the cases that need no more than requests."""
+    return {
+        "get": lambda: ask("GET", "/hello"),
+        "reuse": lambda: ask("GET", "/hello"),
+        "post": lambda: ask("POST", "/echo", body=BODY),
+        "chunked": lambda: ask("POST", "/echo", body=pieces()),
+        "head": lambda: ask("HEAD", "/hello"),
+        "no_content": lambda: ask("GET", "/204"),
+        "not_modified": lambda: ask("GET", "/304"),
+        "early_hints": lambda: ask("GET", "/hints"),
+        "big_header": lambda: ask("GET", "/hello", headers={"X-Big": BIG_HEADER}),
+        "slow_body": lambda: ask("GET", "/slow-body"),
+        "early_response": lambda: ask("POST", "/early", body=BODY),
+        "dead": lambda: ask("GET", "/dead"),
+        "slow": lambda: ask("GET", "/never"),
+        "cut_length": lambda: ask("GET", "/cut-length"),
+        "cut_chunked": lambda: ask("GET", "/cut-chunked"),
+    }
 
 
 def outcome(status: int, body: bytes = b"", **more: Any) -> dict[str, Any]:

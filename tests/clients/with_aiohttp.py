@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import aiohttp
@@ -25,18 +25,23 @@ async def opened() -> aiohttp.ClientSession:
 session = loop.run_until_complete(opened())
 
 
-async def pieces() -> AsyncIterator[bytes]:
-    for piece in cases.pieces():
+async def streamed(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
         yield piece
 
 
-async def asking(method: str, path: str, **options: Any) -> dict[str, Any]:
-    async with session.request(method, BASE + path, **options) as response:
+async def asking(
+    method: str, path: str, body: bytes | Iterator[bytes] | None, headers: Mapping[str, str] | None
+) -> dict[str, Any]:
+    data = body if body is None or isinstance(body, bytes) else streamed(body)
+    async with session.request(method, BASE + path, data=data, headers=headers) as response:
         return cases.outcome(response.status, await response.read())
 
 
-def ask(method: str, path: str, **options: Any) -> dict[str, Any]:
-    return loop.run_until_complete(asking(method, path, **options))
+def ask(
+    method: str, path: str, *, body: bytes | Iterator[bytes] | None = None, headers: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    return loop.run_until_complete(asking(method, path, body, headers))
 
 
 async def upgrading() -> dict[str, Any]:
@@ -45,24 +50,5 @@ async def upgrading() -> dict[str, Any]:
         return cases.outcome(101, await socket.receive_bytes())
 
 
-cases.run(
-    {
-        "get": lambda: ask("GET", "/hello"),
-        "reuse": lambda: ask("GET", "/hello"),
-        "post": lambda: ask("POST", "/echo", data=cases.BODY),
-        "chunked": lambda: ask("POST", "/echo", data=pieces()),
-        "head": lambda: ask("HEAD", "/hello"),
-        "no_content": lambda: ask("GET", "/204"),
-        "not_modified": lambda: ask("GET", "/304"),
-        "early_hints": lambda: ask("GET", "/hints"),
-        "big_header": lambda: ask("GET", "/hello", headers={"X-Big": cases.BIG_HEADER}),
-        "slow_body": lambda: ask("GET", "/slow-body"),
-        "early_response": lambda: ask("POST", "/early", data=cases.BODY),
-        "dead": lambda: ask("GET", "/dead"),
-        "slow": lambda: ask("GET", "/never"),
-        "cut_length": lambda: ask("GET", "/cut-length"),
-        "cut_chunked": lambda: ask("GET", "/cut-chunked"),
-        "upgrade": lambda: loop.run_until_complete(upgrading()),
-    }
-)
+cases.run(cases.http_cases(ask) | {"upgrade": lambda: loop.run_until_complete(upgrading())})
 loop.run_until_complete(session.close())

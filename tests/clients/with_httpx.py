@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import cases
@@ -14,27 +15,11 @@ client = httpx.Client(
 )
 
 
-def ask(method: str, path: str, **options: Any) -> dict[str, Any]:
-    response = client.request(method, path, **options)
+def ask(
+    method: str, path: str, *, body: bytes | Iterator[bytes] | None = None, headers: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    response = client.request(method, path, content=body, headers=headers)
     return cases.outcome(response.status_code, response.content)
 
 
-cases.run(
-    {
-        "get": lambda: ask("GET", "/hello"),
-        "reuse": lambda: ask("GET", "/hello"),
-        "post": lambda: ask("POST", "/echo", content=cases.BODY),
-        "chunked": lambda: ask("POST", "/echo", content=cases.pieces()),
-        "head": lambda: ask("HEAD", "/hello"),
-        "no_content": lambda: ask("GET", "/204"),
-        "not_modified": lambda: ask("GET", "/304"),
-        "early_hints": lambda: ask("GET", "/hints"),
-        "big_header": lambda: ask("GET", "/hello", headers={"X-Big": cases.BIG_HEADER}),
-        "slow_body": lambda: ask("GET", "/slow-body"),
-        "early_response": lambda: ask("POST", "/early", content=cases.BODY),
-        "dead": lambda: ask("GET", "/dead"),
-        "slow": lambda: ask("GET", "/never"),
-        "cut_length": lambda: ask("GET", "/cut-length"),
-        "cut_chunked": lambda: ask("GET", "/cut-chunked"),
-    }
-)
+cases.run(cases.http_cases(ask))
