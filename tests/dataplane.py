@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, cast
@@ -270,32 +269,8 @@ class Response:
         return None
 
 
-class _Tls(Client):
-    """Knows whether close_notify has come."""
-
-    closed = False
-
-    def outgoing(self) -> bytes:
-        """Return what is to be sent, such as the alert after a handshake that failed."""
-        return self._outgoing.read()
-
-    def read(self, received: bytes) -> bytes:
-        """Take the server's bytes; return the plaintext in them."""
-        self._incoming.write(received)
-        plaintext = bytearray()
-        try:
-            while data := self.tls.read(65536):
-                plaintext += data
-            self.closed = True
-        except ssl.SSLZeroReturnError:
-            self.closed = True
-        except ssl.SSLWantReadError:
-            pass
-        return bytes(plaintext)
-
-
 class _Plain:
-    """What `_Tls` does, without TLS."""
+    """What `Client` does, without TLS."""
 
     closed = False
 
@@ -314,7 +289,7 @@ class TlsClient:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
-        self.tls: Any = _Tls(CLIENT_CONTEXT, "localhost")
+        self.tls: Any = Client(CLIENT_CONTEXT, "localhost")
         self.buffer = b""
         self.end = ""
         """How the proxy has ended the connection: `close_notify`, `fin` (without one) or `reset`."""

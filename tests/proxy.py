@@ -13,7 +13,8 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+@contextlib.contextmanager
+def passable_directory() -> Iterator[Path]:
+    """Make a directory that other users may pass through, as pytest's own are not."""
+    with tempfile.TemporaryDirectory(prefix="tlsproxy-test-") as name:
+        os.chmod(name, 0o711)
+        yield Path(name)
 
 
 def make_site(directory: Path, keys: Mapping[str, KeyType], name: str = "token") -> SoftTokenFiles:

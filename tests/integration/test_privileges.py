@@ -6,7 +6,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 
 from hsm.messages import KeyType
 from tests.backends import backend
-from tests.proxy import Proxy, make_site, run_to_end, running_proxy, site_config, write_config
+from tests.proxy import Proxy, make_site, passable_directory, run_to_end, running_proxy, site_config, write_config
 
 KEYS = {"www": KeyType.ECDSA_P256}
 PROXY_UID, HSM_UID = 61_001, 61_002
@@ -43,10 +42,8 @@ print("readv", ctypes.get_errno() if libc.process_vm_readv(pid, local, 1, remote
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """A directory that other users may pass through, as pytest's own are not."""
-    with tempfile.TemporaryDirectory(prefix="tlsproxy-test-") as name:
-        os.chmod(name, 0o711)
-        yield Path(name)
+    with passable_directory() as path:
+        yield path
 
 
 @contextlib.asynccontextmanager

@@ -89,7 +89,7 @@ class Mix:
         client = await self._open(DISTRUSTING_CONTEXT)
         with pytest.raises(ssl.SSLCertVerificationError):
             await client.shake_hands()
-        client.writer.write(client.tls.outgoing())
+        client.writer.write(client.tls.pending())
         assert await client.reader.read() == b""
 
     async def _nonsense(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import tests.proxy
 from hsm.messages import KeyType
 from tests.backends import backend
 from tests.packaging.test_systemd import SERVICE
-from tests.proxy import make_site, run_to_end, running_proxy, site_config, write_config
+from tests.proxy import make_site, passable_directory, run_to_end, running_proxy, site_config, write_config
 
 KEYS = {"www": KeyType.ECDSA_P256}
 PROXY_UID, HSM_UID = 61_003, 61_004
@@ -21,10 +20,8 @@ PROXY_UID, HSM_UID = 61_003, 61_004
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """A directory that other users may pass through, as pytest's own are not."""
-    with tempfile.TemporaryDirectory(prefix="tlsproxy-test-") as name:
-        os.chmod(name, 0o711)
-        yield Path(name)
+    with passable_directory() as path:
+        yield path
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ async def test_a_wrong_signature_is_what_the_client_refuses() -> None:
         client = await proxy.open()
         with pytest.raises(ssl.SSLError):
             await client.shake_hands()
-        client.writer.write(client.tls.outgoing())
+        client.writer.write(client.tls.pending())
         await until(lambda: proxy.counted(HANDSHAKES))
         assert proxy.counted(HANDSHAKES) == {("test", "tls_alert", "false", ""): 1}
 

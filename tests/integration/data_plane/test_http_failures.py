@@ -365,13 +365,15 @@ async def test_idle_connections_on_both_sides_expire() -> None:
         await until(lambda: app.connections[0].ended.is_set())
 
 
-async def test_a_client_that_never_reads_is_cut_off() -> None:
-    async def flood(connection: BackendConnection) -> None:
-        await connection.head()
-        await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
-        while True:
-            await connection.send(bytes(100_000))
+async def flood(connection: BackendConnection) -> None:
+    """Answer without end."""
+    await connection.head()
+    await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+    while True:
+        await connection.send(bytes(100_000))
 
+
+async def test_a_client_that_never_reads_is_cut_off() -> None:
     async with backend(flood) as app, data_plane(app.port, timeouts={"body_idle_s": 0.05}) as proxy:
         client = await proxy.connect()
         await client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -384,12 +386,6 @@ async def test_a_client_that_never_reads_is_cut_off() -> None:
 
 
 async def test_a_client_that_reads_slowly_but_reads_is_not_cut_off() -> None:
-    async def flood(connection: BackendConnection) -> None:
-        await connection.head()
-        await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
-        while True:
-            await connection.send(bytes(100_000))
-
     async with backend(flood) as app, data_plane(app.port, timeouts={"body_idle_s": 0.05}) as proxy:
         client = await proxy.connect()
         await client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")

@@ -145,6 +145,8 @@ class Client:
         self._outgoing = ssl.MemoryBIO()
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_name, session=session)
         self.connected = False
+        self.closed = False
+        """The server has said that it will send no more."""
 
     def step(self, received: bytes = b"") -> bytes:
         """Take the server's bytes, go on with the handshake, return the client's bytes."""
@@ -172,7 +174,10 @@ class Client:
         try:
             while data := self.tls.read(65536):
                 plaintext += data
-        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            self.closed = True
+        except ssl.SSLZeroReturnError:
+            self.closed = True
+        except ssl.SSLWantReadError:
             pass
         return bytes(plaintext)
 
