@@ -1,7 +1,8 @@
-"""A client's connection, up to and including TLS: the handshake with its awaited signature, flow control, closing.
+"""A client's connection: who the client is, its bytes through TLS and back, flow control, closing.
 
-What happens inside TLS is a subclass's part: HTTP (http_connection) or plain bytes (tunnel). Callbacks only; nothing
-here waits, and every deadline is one attribute that the listener's sweep looks at.
+The handshake has a file of its own, handshake.py. What happens inside TLS is a subclass's part: HTTP (http_connection)
+or plain bytes (tunnel). Callbacks only; nothing here waits, and every deadline is one attribute that the listener's
+sweep looks at.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from abc import ABC, abstractmethod
 from time import monotonic
 from typing import TYPE_CHECKING, cast
 
-from hsm.logs import EventLog
-from hsm.pool_request import Signature
 from tlsproxy.config import Address, ProxyProtocol
 from tlsproxy.proxy_protocol import (
     Endpoints,
@@ -29,20 +28,11 @@ from tlsproxy.proxy_protocol import (
     v1_header,
     v2_header,
 )
-from tlsproxy.serve.anatomy import HandshakePhases
-from tlsproxy.serve.counting import sign_failure_result
+from tlsproxy.serve.handshake import Handshake, HandshakeSummary
 from tlsproxy.serve.plain import PlainConnection
 from tlsproxy.tls.engine import TlsConnection
-from tlsproxy.tls.errors import ConnectionClosedError, SignatureLengthError
-from tlsproxy.tls.events import (
-    CloseNotify,
-    ConnectionFailed,
-    Event,
-    HandshakeComplete,
-    HandshakeFailed,
-    PlaintextReceived,
-    SignatureNeeded,
-)
+from tlsproxy.tls.errors import ConnectionClosedError
+from tlsproxy.tls.events import CloseNotify, ConnectionFailed, Event, HandshakeComplete, PlaintextReceived
 
 if TYPE_CHECKING:
     from tlsproxy.serve.listener import ListenerRuntime
@@ -55,15 +45,14 @@ LINGER_S = 20.0
 Many send all of a large body before they read the response that refuses it.
 """
 
-HANDSHAKE_LOG = "tlsproxy.handshake"
 _log = logging.getLogger("tlsproxy.connection")
-_handshakes = EventLog(HANDSHAKE_LOG, "handshake")
-_failed_handshakes = EventLog(HANDSHAKE_LOG, "handshake failed")
 
 
 class Phase(enum.Enum):
     """Where a client connection is."""
 
+    NEW = "new"
+    """Not on the listener's books: just made, or refused for want of room."""
     PROXY_HEADER = "proxy_header"
     """The proxy before us is to say who the client is."""
     HANDSHAKE = "handshake"
@@ -90,20 +79,14 @@ class ClientConnection(asyncio.Protocol, ABC):
     """One client."""
 
     __slots__ = (
-        "_accepted_s",
-        "_client_hello_s",
-        "_client_wait_s",
         "_eof_received",
-        "_idle_since_s",
+        "_handshake",
         "_last_unread",
         "_negotiated",
         "_paused",
         "_peer",
         "_proxied",
         "_proxy_header",
-        "_sign_failure",
-        "_signature",
-        "_signed",
         "_tls",
         "_transport",
         "client_ip",
@@ -115,7 +98,7 @@ class ClientConnection(asyncio.Protocol, ABC):
 
     def __init__(self, runtime: ListenerRuntime) -> None:
         self.runtime = runtime
-        self.phase = Phase.CLOSED
+        self.phase = Phase.NEW
         self.deadline = math.inf
         """Monotonic seconds; on_timeout is called within a second after."""
         self.client_ip = ""
@@ -127,22 +110,16 @@ class ClientConnection(asyncio.Protocol, ABC):
         self._peer: Address
         self._proxy_header = b""
         self._proxied: Endpoints | None = None
+        self._handshake: Handshake | None = None
         self._negotiated: HandshakeComplete | None = None
-        self._accepted_s = 0.0
-        self._client_hello_s = 0.0
-        self._client_wait_s = 0.0
-        self._idle_since_s = 0.0
-        self._signature: asyncio.Future[Signature] | None = None
-        self._signed: Signature | None = None
-        self._sign_failure = ""
         self._last_unread = 0
         self._eof_received = False
 
     # What a subclass does.
 
     @abstractmethod
-    def established(self) -> None:
-        """The handshake is complete."""
+    def established(self, handshake: HandshakeSummary | None) -> None:
+        """The handshake is complete; None: the listener has no TLS."""
 
     @abstractmethod
     def plaintext_received(self, data: bytes) -> None:
@@ -182,10 +159,9 @@ class ClientConnection(asyncio.Protocol, ABC):
         self._peer = Address(peer[0].removeprefix("::ffff:"), peer[1])
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self._tls = PlainConnection()
-        self._accepted_s = monotonic()
         if self.runtime.expects_proxy_header(self._peer.host):
             self.phase = Phase.PROXY_HEADER
-            self.deadline = self._accepted_s + self.runtime.config.timeouts.handshake_s
+            self.deadline = monotonic() + self.runtime.config.timeouts.handshake_s
         else:
             self._start(self._peer.host)
 
@@ -195,14 +171,15 @@ class ClientConnection(asyncio.Protocol, ABC):
         if not self.runtime.admit_client(self):
             self._refuse_connection()
             return
-        self._accepted_s = self._idle_since_s = monotonic()
         if self.runtime.tls is None:
             self.phase = Phase.OPEN
-            self.established()
+            self.established(None)
             return
+        now_s = monotonic()
         self.phase = Phase.HANDSHAKE
-        self.deadline = self._accepted_s + self.runtime.config.timeouts.handshake_s
-        self._tls = self.runtime.tls.connection()
+        self.deadline = now_s + self.runtime.config.timeouts.handshake_s
+        self._tls = tls = self.runtime.tls.connection()
+        self._handshake = Handshake(self, tls, now_s)
 
     def _refuse_connection(self) -> None:
         self.phase = Phase.CLOSED
@@ -231,12 +208,9 @@ class ClientConnection(asyncio.Protocol, ABC):
     def data_received(self, data: bytes) -> None:
         """Decrypt, and act on what that yields; after our end, throw away."""
         if self.phase is Phase.OPEN:
-            self._act_on(self._tls.receive_data(data))
-        elif self.phase is Phase.HANDSHAKE:
-            if self._signature is None:
-                self._client_wait_s += monotonic() - self._idle_since_s
-            self._act_on(self._tls.receive_data(data))
-            self._idle_since_s = monotonic()
+            self.act_on(self._tls.receive_data(data))
+        elif self._handshake is not None:
+            self._handshake.data_received(data)
         elif self.phase is Phase.PROXY_HEADER:
             self._proxy_header_received(data)
 
@@ -244,18 +218,18 @@ class ClientConnection(asyncio.Protocol, ABC):
         """End, unless the client had said close_notify and an answer is still due (True: keep the transport)."""
         self._eof_received = True
         if self.phase is Phase.HANDSHAKE:
-            self._handshake_ended("client_closed", "the client closed the connection")
+            self._end_handshake("client_closed", "the client closed the connection")
         elif self.phase is Phase.OPEN:
-            self._act_on(self._tls.receive_eof())
+            self.act_on(self._tls.receive_eof())
         return self.phase is Phase.OPEN
 
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         """Clean up."""
         phase = self.phase
-        if phase is Phase.CLOSED and not self._accepted_s:
+        if phase is Phase.NEW:
             return
         if phase is Phase.HANDSHAKE:
-            self._handshake_ended("client_closed", "the client closed the connection")
+            self._end_handshake("client_closed", "the client closed the connection")
         self.phase = Phase.CLOSED
         if phase is Phase.OPEN:
             self.ended()
@@ -348,7 +322,7 @@ class ClientConnection(asyncio.Protocol, ABC):
     def on_timeout(self, now_s: float) -> None:
         """Act on the deadline having passed."""
         if self.phase is Phase.HANDSHAKE:
-            self._handshake_ended("timeout", "the handshake took too long")
+            self._end_handshake("timeout", "the handshake took too long")
             self._transport.abort()
         elif self.phase is Phase.OPEN:
             self.open_timeout(now_s)
@@ -377,124 +351,47 @@ class ClientConnection(asyncio.Protocol, ABC):
         in_kernel = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
         return transport.get_write_buffer_size() + int.from_bytes(in_kernel, sys.byteorder)
 
-    # Handshake and closing.
+    # What the handshake calls.
 
-    def _act_on(self, events: list[Event]) -> None:
+    def act_on(self, events: list[Event]) -> None:
+        """Do what `events` ask for, and send what they left to send."""
         for event in events:
             if type(event) is PlaintextReceived:
                 if self.phase is Phase.OPEN:
                     metrics = self.runtime.metrics
                     metrics.values[metrics.bytes_in] += len(event.data)
                     self.plaintext_received(event.data)
+            elif self._handshake is not None:
+                self._handshake.act_on(event)
+            elif self.phase is not Phase.OPEN:
+                continue
             elif type(event) is CloseNotify:
-                if self.phase is Phase.OPEN:
-                    self.input_ended()
-            else:
-                self._act_on_rare(event)
+                self.input_ended()
+            elif type(event) is ConnectionFailed:
+                self._leave_open()
+                self._linger()
         self._flush()
 
-    def _act_on_rare(self, event: Event) -> None:
-        if isinstance(event, SignatureNeeded):
-            self._client_hello_s = monotonic() - self._accepted_s - self._client_wait_s
-            key = self.runtime.signing_keys[event.certificate.name]
-            self._signature = self.runtime.pool.submit(key, event.scheme, event.tbs)
-            self._signature.add_done_callback(self._on_signature)
-        elif isinstance(event, HandshakeComplete):
-            self._complete(event)
-        elif isinstance(event, HandshakeFailed):
-            result = "tls_alert" if event.alert_received is not None else self._sign_failure or "protocol_error"
-            self._handshake_ended(result, event.reason)
-            self._linger()
-        elif isinstance(event, ConnectionFailed) and self.phase is Phase.OPEN:
-            self._leave_open()
-            self._linger()
-
-    def _on_signature(self, future: asyncio.Future[Signature]) -> None:
-        self._signature = None
-        if future.cancelled() or self.phase is not Phase.HANDSHAKE:
-            return
-        error = future.exception()
-        tls = self._tls
-        assert isinstance(tls, TlsConnection)
-        if error is None:
-            self._signed = future.result()
-            try:
-                events = tls.provide_signature(self._signed.value)
-            except SignatureLengthError:
-                self._sign_failure = "hsm_unavailable"
-                events = tls.fail_signature("the token's signature has a length that its key can't make")
-        else:
-            self._sign_failure = sign_failure_result(error)
-            events = tls.fail_signature(str(error))
-        self._act_on(events)
-        self._idle_since_s = monotonic()
-
-    def _complete(self, event: HandshakeComplete) -> None:
-        total_s = monotonic() - self._accepted_s
-        metrics = self.runtime.metrics
-        metrics.observe_handshake(event, total_s)
-        self._negotiated = event
-        signed = self._signed
-        phases = None
-        if signed is not None:
-            assert isinstance(self._tls, TlsConnection)
-            finish_s = total_s - self._client_hello_s - signed.queue_s - signed.sign_s - self._client_wait_s
-            phases = HandshakePhases(
-                self._client_hello_s - self._tls.choice_s,
-                self._tls.choice_s,
-                signed.queue_s,
-                signed.sign_s,
-                self._client_wait_s,
-                # The token's own time is rounded up to a microsecond: what is left can be less than nothing.
-                max(finish_s, 0.0),
-            )
-            metrics.observe_phases(event, total_s, phases, signed.token)
-            self._signed = None
-        if _handshakes.takes():
-            self._log_handshake(event, total_s, phases, None if signed is None else signed.token)
-        self.runtime.handshake_ended()
+    def handshake_completed(self, handshake: HandshakeSummary) -> None:
+        """Open: what the connection is for begins."""
+        self._handshake = None
+        self._negotiated = handshake.complete
         self.phase = Phase.OPEN
-        self.established()
+        self.established(handshake)
 
-    def _handshake_ended(self, result: str, reason: str) -> None:
-        """Take note of a handshake that did not succeed."""
+    def handshake_failed(self, result: str, reason: str) -> None:
+        """Close, with the alert that says why."""
+        self._end_handshake(result, reason)
+        self._linger()
+
+    # Closing.
+
+    def _end_handshake(self, result: str, reason: str) -> None:
+        handshake = self._handshake
+        assert handshake is not None
+        self._handshake = None
         self.phase = Phase.CLOSED
-        if self._signature is not None:
-            self._signature.cancel()
-            self._signature = None
-        self.runtime.metrics.count_failed_handshake(result)
-        self.runtime.handshake_ended()
-        if _failed_handshakes.takes():
-            _failed_handshakes.write(
-                {
-                    "listener": self.runtime.name,
-                    "client": self.client_ip,
-                    "result": result,
-                    "reason": reason,
-                    "duration_s": round(monotonic() - self._accepted_s, 6),
-                }
-            )
-
-    def _log_handshake(
-        self, event: HandshakeComplete, total_s: float, phases: HandshakePhases | None, token: str | None
-    ) -> None:
-        fields = {
-            "listener": self.runtime.name,
-            "client": self.client_ip,
-            "result": "ok",
-            "server_name": event.server_name,
-            "certificate": event.certificate.name,
-            "tls_version": event.tls_version,
-            "cipher": event.cipher,
-            "group": event.group,
-            "scheme": None if event.scheme is None else event.scheme.label,
-            "resumed": event.resumed,
-            "token": token,
-            "duration_s": round(total_s, 6),
-        }
-        if phases is not None:
-            fields.update({name: round(seconds, 6) for name, seconds in phases._asdict().items()})
-        _handshakes.write(fields)
+        handshake.end(result, reason)
 
     def _leave_open(self) -> None:
         self.phase = Phase.CLOSED

@@ -20,6 +20,7 @@ from tlsproxy.serve.tunnel import Tunnel
 from tlsproxy.serve.upstream_connection import UpstreamConnection
 
 if TYPE_CHECKING:
+    from tlsproxy.serve.handshake import HandshakeSummary
     from tlsproxy.serve.listener import ListenerRuntime
 
 PIPELINED_BYTES = 64 * 1024
@@ -67,7 +68,7 @@ class HttpConnection(ClientConnection):
 
     # What ClientConnection calls.
 
-    def established(self) -> None:
+    def established(self, handshake: HandshakeSummary | None) -> None:  # noqa: ARG002
         """Wait for a request."""
         self.client_ip_bytes = self.client_ip.encode("ascii")
         self.peer_is_trusted = self.runtime.is_trusted(self.client_ip)

@@ -17,6 +17,7 @@ from tlsproxy.serve.upstream import Upstream
 from tlsproxy.serve.upstream_connection import UpstreamConnection
 
 if TYPE_CHECKING:
+    from tlsproxy.serve.handshake import HandshakeSummary
     from tlsproxy.serve.listener import ListenerRuntime
 
 
@@ -155,7 +156,7 @@ class TunnelConnection(ClientConnection):
         assert runtime.config.upstream is not None
         self._tunnel = Tunnel(self, runtime.upstreams[runtime.config.upstream])
 
-    def established(self) -> None:
+    def established(self, handshake: HandshakeSummary | None) -> None:  # noqa: ARG002
         """Connect to the upstream."""
         self._tunnel.connect()
 

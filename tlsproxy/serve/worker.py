@@ -25,7 +25,6 @@ from hsm.seal import become, forbid_new_privileges
 from tlsproxy import metrics
 from tlsproxy.config import Address, Config, ListenerMode
 from tlsproxy.serve.anatomy import SlowHandshake
-from tlsproxy.serve.client import HANDSHAKE_LOG
 from tlsproxy.serve.control import (
     HEARTBEAT_S,
     Drain,
@@ -37,6 +36,7 @@ from tlsproxy.serve.control import (
     slow_handshake_line,
 )
 from tlsproxy.serve.counting import ListenerMetrics, UpstreamMetrics
+from tlsproxy.serve.handshake import HANDSHAKE_LOG
 from tlsproxy.serve.http_connection import ACCESS_LOG
 from tlsproxy.serve.listener import ListenerRuntime
 from tlsproxy.serve.sandbox import confine
