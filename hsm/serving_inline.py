@@ -6,46 +6,19 @@ millisecond each, so that a busy proxy process does not delay the others. The re
 
 from __future__ import annotations
 
-import logging
-import os
-import select
 import socket
 from collections import deque
 from collections.abc import Sequence
 from time import monotonic_ns
 
 from hsm.backends.base import Backend
-from hsm.messages import Hello, ProtocolError, SignRequest, encode_hello
+from hsm.messages import ProtocolError, SignRequest
 from hsm.metricstore import MetricStore
-from hsm.serving import (
-    HEARTBEAT_S,
-    MAX_CLIENTS,
-    ClientGoneError,
-    Heartbeat,
-    Peer,
-    accept_client,
-    receive_requests,
-    send_whole,
-)
+from hsm.serving import HEARTBEAT_S, Client, ClientGoneError, Clients, send_whole
 from hsm.signing import RequestHandler
 from hsm.workerspec import WorkerSpec
 
 _SLICE_NS = 500_000
-
-_log = logging.getLogger(__name__)
-
-
-class _Client:
-    """A connected proxy process. `unsent` is what its Hello still has to go: until then nothing is read."""
-
-    __slots__ = ("buffer", "connection", "peer", "unsent", "waiting")
-
-    def __init__(self, connection: socket.socket, peer: Peer, hello: bytes) -> None:
-        self.connection = connection
-        self.peer = peer
-        self.unsent = hello
-        self.buffer = bytearray()
-        self.waiting: deque[tuple[SignRequest, int]] = deque()
 
 
 def serve(
@@ -65,75 +38,32 @@ class _Server:
         (self._signer,) = backend.signers
         self._handler = RequestHandler(spec.token, backend.keys, store)
         self._window = spec.max_in_flight
-        self._hello = encode_hello(Hello(spec.token, os.getpid(), self._window, backend.keys))
-        self._allowed_uids = frozenset((spec.allowed_uid, os.geteuid()))
-        self._heartbeat = Heartbeat(spec.status_fd)
-        self._listener = listener
-        self._stop_fds = frozenset(stop_fds)
-        self._clients: dict[int, _Client] = {}
-        self._busy: deque[_Client] = deque()
-        self._epoll = select.epoll()
-        self._stopping = False
+        self._clients = Clients(Client, self, listener, spec, backend.keys, self._window, stop_fds)
+        self._busy: deque[Client] = deque()
 
     def run(self) -> None:
-        self._listener.setblocking(False)
-        for fd in (self._listener.fileno(), *self._stop_fds):
-            self._epoll.register(fd, select.EPOLLIN)
-        with self._epoll:
-            while not self._stopping:
-                for fd, _ in self._epoll.poll(0 if self._busy else HEARTBEAT_S):
-                    self._on_ready(fd)
-                self._serve_busy()
-                self._heartbeat.beat(monotonic_ns())
+        clients = self._clients
+        while not clients.stopping:
+            clients.poll(0 if self._busy else HEARTBEAT_S)
+            self._serve_busy()
         while self._busy:
             self._serve_busy()
-        for client in self._clients.values():
-            client.connection.close()
+        clients.close()
 
-    def _on_ready(self, fd: int) -> None:
-        if fd in self._clients:
-            client = self._clients[fd]
-            try:
-                if client.unsent:
-                    self._send_hello(client)
-                else:
-                    self._receive(client)
-            except (ClientGoneError, ProtocolError) as error:
-                self._drop(client, error)
-        elif fd in self._stop_fds:
-            self._stopping = True
-        else:
-            self._accept()
-
-    def _accept(self) -> None:
-        while accepted := accept_client(self._listener, self._allowed_uids):
-            connection, peer = accepted
-            if len(self._clients) >= MAX_CLIENTS:
-                connection.close()
-                _log.warning("refused client pid %d: expected at most %d connections", peer.pid, MAX_CLIENTS)
-                continue
-            self._clients[connection.fileno()] = _Client(connection, peer, self._hello)
-            self._epoll.register(connection, select.EPOLLOUT)
-
-    def _send_hello(self, client: _Client) -> None:
-        try:
-            sent = client.connection.send(client.unsent)
-        except OSError as error:
-            raise ClientGoneError from error
-        client.unsent = client.unsent[sent:]
-        if not client.unsent:
-            self._epoll.modify(client.connection, select.EPOLLIN)
-
-    def _receive(self, client: _Client) -> None:
-        requests = receive_requests(client.connection, client.buffer)
+    def requests_came(self, client: Client, requests: list[SignRequest]) -> None:
+        """See ClientEvents."""
         waiting = client.waiting
         if len(waiting) + len(requests) > self._window:
             raise ProtocolError(f"more than its window of {self._window} requests in flight")
-        if requests:
-            if not waiting:
-                self._busy.append(client)
-            now_ns = monotonic_ns()
-            waiting.extend((request, now_ns) for request in requests)
+        if not waiting:
+            self._busy.append(client)
+        now_ns = monotonic_ns()
+        waiting.extend((request, now_ns) for request in requests)
+
+    def client_dropped(self, client: Client) -> None:
+        """See ClientEvents."""
+        client.connection.close()
+        client.waiting.clear()
 
     def _serve_busy(self) -> None:
         """Give each client that waits one slice."""
@@ -144,12 +74,12 @@ class _Server:
             try:
                 self._serve_slice(client)
             except (ClientGoneError, ProtocolError) as error:
-                self._drop(client, error)
+                self._clients.drop(client, error)
                 continue
             if client.waiting:
                 self._busy.append(client)
 
-    def _serve_slice(self, client: _Client) -> None:
+    def _serve_slice(self, client: Client) -> None:
         waiting = client.waiting
         replies = []
         end_ns = monotonic_ns() + _SLICE_NS
@@ -159,10 +89,3 @@ class _Server:
             if monotonic_ns() >= end_ns:
                 break
         send_whole(client.connection, b"".join(replies))
-
-    def _drop(self, client: _Client, error: Exception) -> None:
-        if isinstance(error, ProtocolError):
-            _log.warning("dropped client pid %d: %s", client.peer.pid, error)
-        del self._clients[client.connection.fileno()]
-        client.connection.close()
-        client.waiting.clear()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import socket
 import threading
 from collections import deque
@@ -21,18 +20,9 @@ from time import monotonic_ns
 
 from hsm.backends.base import Backend, Signer
 from hsm.errors import PinRefused, TokenError
-from hsm.messages import Hello, ProtocolError, SignRequest, Status, encode_hello
+from hsm.messages import ProtocolError, SignRequest, Status
 from hsm.metricstore import MetricStore
-from hsm.serving import (
-    HEARTBEAT_S,
-    MAX_CLIENTS,
-    ClientGoneError,
-    Heartbeat,
-    Peer,
-    accept_client,
-    receive_requests,
-    send_whole,
-)
+from hsm.serving import HEARTBEAT_S, Client, ClientGoneError, Clients, Peer, send_whole
 from hsm.signing import RequestHandler, encode_outcome
 from hsm.workerspec import WorkerSpec
 
@@ -44,19 +34,13 @@ wait for the next request. What is more waits in the proxy, which can still send
 _log = logging.getLogger(__name__)
 
 
-class _Client:
+class _Client(Client):
     """A connected proxy process. Everything but `connection` and `peer` is guarded by the server's lock."""
 
-    __slots__ = ("buffer", "connection", "gone", "in_turn", "peer", "signing", "unsent", "waiting")
+    __slots__ = ("gone", "in_turn", "signing")
 
     def __init__(self, connection: socket.socket, peer: Peer, hello: bytes) -> None:
-        self.connection = connection
-        self.peer = peer
-        self.unsent = hello
-        """What of the Hello still has to go: until then nothing is read."""
-        self.buffer = bytearray()
-        self.waiting: deque[tuple[SignRequest, int]] = deque()
-        """Requests and when they came, in ns."""
+        super().__init__(connection, peer, hello)
         self.signing = 0
         """Requests in the hands of signing threads."""
         self.in_turn = False
@@ -115,36 +99,26 @@ class _Server:
         self._threads = [_SigningThread(self, signer, number) for number, signer in enumerate(backend.signers)]
         self._hang_limit_ns = round(spec.hang_limit_s * 1e9)
         self._window = min(spec.max_in_flight, _IN_HAND_PER_SIGNER * len(self._threads))
-        self._hello = encode_hello(Hello(spec.token, os.getpid(), self._window, backend.keys))
-        self._allowed_uids = frozenset((spec.allowed_uid, os.geteuid()))
-        self._heartbeat = Heartbeat(spec.status_fd)
-        self._listener = listener
-        self._stop_fds = frozenset(stop_fds)
-        self._stopping = False
-        self._epoll = select.epoll()
-        self._clients: dict[int, _Client] = {}
+        self._failure: PinRefused | None = None
+        self._failure_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        stops = (*stop_fds, self._failure_fd)
+        self._clients = Clients(_Client, self, listener, spec, backend.keys, self._window, stops)
         self._lock = threading.Lock()
         self._in_turn: deque[_Client] = deque()
         """Clients that have requests waiting, and some whose requests have just expired."""
         self._in_hand = 0
         """Requests received and not yet answered."""
-        self._failure: PinRefused | None = None
-        self._failure_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def run(self) -> None:
-        self._listener.setblocking(False)
-        for fd in (self._listener.fileno(), self._failure_fd, *self._stop_fds):
-            self._epoll.register(fd, select.EPOLLIN)
+        clients = self._clients
         for thread in self._threads:
             thread.start()
         next_check_ns = 0
-        while not (self._stopping and self._in_hand == 0):
-            for fd, _ in self._epoll.poll(_TICK_NS / 1e9 if self._in_hand else HEARTBEAT_S):
-                self._on_ready(fd)
+        while not (clients.stopping and self._in_hand == 0):
+            clients.poll(_TICK_NS / 1e9 if self._in_hand else HEARTBEAT_S)
             if self._failure is not None:
                 raise self._failure
             now_ns = monotonic_ns()
-            self._heartbeat.beat(now_ns)
             if now_ns >= next_check_ns:
                 next_check_ns = now_ns + _TICK_NS
                 self._check_health(now_ns)
@@ -153,10 +127,8 @@ class _Server:
             self.notes.put(False)
         for thread in self._threads:
             thread.join()
-        self._epoll.close()
         os.close(self._failure_fd)
-        for client in self._clients.values():
-            client.connection.close()
+        clients.close()
 
     # Called by the signing threads.
 
@@ -205,46 +177,8 @@ class _Server:
 
     # The reader.
 
-    def _on_ready(self, fd: int) -> None:
-        if fd in self._clients:
-            client = self._clients[fd]
-            try:
-                if client.unsent:
-                    self._send_hello(client)
-                else:
-                    self._receive(client)
-            except (ClientGoneError, ProtocolError) as error:
-                self._drop(client, error)
-        elif fd in self._stop_fds:
-            self._stopping = True
-            self._epoll.unregister(fd)
-            self._stop_fds -= {fd}
-        elif fd != self._failure_fd:
-            self._accept()
-
-    def _accept(self) -> None:
-        while accepted := accept_client(self._listener, self._allowed_uids):
-            connection, peer = accepted
-            if len(self._clients) >= MAX_CLIENTS:
-                connection.close()
-                _log.warning("refused client pid %d: expected at most %d connections", peer.pid, MAX_CLIENTS)
-                continue
-            self._clients[connection.fileno()] = _Client(connection, peer, self._hello)
-            self._epoll.register(connection, select.EPOLLOUT)
-
-    def _send_hello(self, client: _Client) -> None:
-        try:
-            sent = client.connection.send(client.unsent)
-        except OSError as error:
-            raise ClientGoneError from error
-        client.unsent = client.unsent[sent:]
-        if not client.unsent:
-            self._epoll.modify(client.connection, select.EPOLLIN)
-
-    def _receive(self, client: _Client) -> None:
-        requests = receive_requests(client.connection, client.buffer)
-        if not requests:
-            return
+    def requests_came(self, client: _Client, requests: list[SignRequest]) -> None:
+        """See ClientEvents."""
         now_ns = monotonic_ns()
         with self._lock:
             # A client that has read a reply may be ahead of the thread that sent it by one request.
@@ -258,6 +192,16 @@ class _Server:
         for _ in requests:
             self.notes.put(True)
 
+    def client_dropped(self, client: _Client) -> None:
+        """See ClientEvents."""
+        with self._lock:
+            client.gone = True
+            self._in_hand -= len(client.waiting)
+            client.waiting.clear()
+            # While a thread is about to send, the descriptor's number must not become another client's.
+            if not client.signing:
+                client.connection.close()
+
     def _check_health(self, now_ns: int) -> None:
         """Raises TokenError when only a new process can help."""
         since_ns = [thread.since_ns for thread in self._threads if thread.since_ns]
@@ -270,7 +214,7 @@ class _Server:
 
     def _expire_waiting(self, now_ns: int) -> None:
         """Answer what waits and has expired."""
-        for client in list(self._clients.values()):
+        for client in self._clients:
             with self._lock:
                 expired = [entry for entry in client.waiting if entry[0].deadline_ns <= now_ns]
                 if not expired:
@@ -283,17 +227,4 @@ class _Server:
             try:
                 send_whole(client.connection, b"".join(replies))
             except (ClientGoneError, ProtocolError) as error:
-                self._drop(client, error)
-
-    def _drop(self, client: _Client, error: Exception) -> None:
-        if isinstance(error, ProtocolError):
-            _log.warning("dropped client pid %d: %s", client.peer.pid, error)
-        del self._clients[client.connection.fileno()]
-        self._epoll.unregister(client.connection)
-        with self._lock:
-            client.gone = True
-            self._in_hand -= len(client.waiting)
-            client.waiting.clear()
-            # While a thread is about to send, the descriptor's number must not become another client's.
-            if not client.signing:
-                client.connection.close()
+                self._clients.drop(client, error)
