@@ -128,19 +128,29 @@ def _tokens(document: Document) -> list[Line]:
 
 
 def _upstreams(document: Document) -> list[Line]:
-    rows = [
-        (
-            [
-                item["name"],
-                *map(_rate, (item["requests"], item["errors"])),
-                f"{item['active']:.0f}",
-                f"{item['idle']:.0f}",
-            ],
-            item["errors"] > 0,
-        )
-        for item in document["upstreams"]
-    ]
-    return _table(["UPSTREAM", "requests/s", "errors/s", "active", "idle"], rows, [-20, 10, 8, 8, 8])
+    """Servers have a line of their own while they are not up, or have been ejected lately."""
+    rows: list[tuple[Sequence[str], bool]] = []
+    troubled: list[tuple[Sequence[str], bool]] = []
+    for item in document["upstreams"]:
+        servers = item["servers"]
+        up = sum(server["up"] for server in servers)
+        cells = [
+            item["name"],
+            f"{up} of {len(servers)} up",
+            *map(_rate, (item["requests"], item["errors"], item["retries"])),
+            *(f"{item[name]:.0f}" for name in ("waiting", "active", "idle")),
+        ]
+        rows.append((cells, item["errors"] > 0 or up < len(servers)))
+        troubled += [
+            ([server["address"], item["name"], server["state"], str(server["ejections"])], True)
+            for server in servers
+            if not server["up"] or server["ejections"]
+        ]
+    heading = ["UPSTREAM", "servers", "requests/s", "errors/s", "retries/s", "waiting", "active", "idle"]
+    lines = _table(heading, rows, [-20, -13, 10, 8, 9, 8, 8, 8])
+    if troubled:
+        lines += _table(["SERVER", "upstream", "state", "ejections, last minute"], troubled, [-30, -20, -26, 22])
+    return lines
 
 
 def _certificates(document: Document) -> list[Line]:

@@ -35,7 +35,21 @@ DOCUMENT: dict[str, Any] = {
             "queue": None,
         }
     ],
-    "upstreams": [{"name": "app", "requests": 7.0, "errors": 0.0, "active": 1.0, "idle": 4.0}],
+    "upstreams": [
+        {
+            "name": "app",
+            "servers": [
+                {"address": "10.0.0.1:80", "up": True, "state": "up", "ejections": 0},
+                {"address": "10.0.0.2:80", "up": True, "state": "up", "ejections": 0},
+            ],
+            "requests": 7.0,
+            "errors": 0.0,
+            "retries": 0.2,
+            "waiting": 3.0,
+            "active": 1.0,
+            "idle": 4.0,
+        }
+    ],
     "certificates": [
         {"name": "www", "names": ["example.com"], "key_type": "rsa-2048", "tokens": ["hsm-a"], "days_left": 60}
     ],
@@ -63,7 +77,7 @@ def test_everything_is_there() -> None:
     assert line_with("client_hello ", lines)[0].split()[1:] == ["31", "us", "2.0", "ms", "300.0", "ms"]
     assert line_with("whole handshake", lines)[0].endswith("1.50 s")
     assert line_with("hsm-a ", lines)[0].split()[:4] == ["hsm-a", "up", "closed", "119"]
-    assert line_with("app ", lines)[0].split() == ["app", "7.0", "0", "1", "4"]
+    assert line_with("app ", lines)[0].split() == ["app", "2", "of", "2", "up", "7.0", "0", "0.2", "3", "1", "4"]
     assert "rsa_pss_rsae_sha256" in lines[-2][0]
     assert not any(bad for _, bad in lines)
 
@@ -82,6 +96,22 @@ def test_trouble_stands_out() -> None:
     for words in ("NOT READY", "timeout 2.0", "DOWN", "open", "-1", "0.5"):
         assert any(words in text for text in bad), words
     assert len(bad) == 6
+
+
+def test_servers_in_trouble_are_named() -> None:
+    up, down = DOCUMENT["upstreams"][0]["servers"]
+    ejected = {"address": "10.0.0.3:80", "up": True, "state": "up", "ejections": 2}
+    partly = {"address": "10.0.0.4:80", "up": False, "state": "down in 1 of 2 workers", "ejections": 1}
+    down = down | {"up": False, "state": "down"}
+    lines = shown(upstreams=[DOCUMENT["upstreams"][0] | {"servers": [up, down, ejected, partly]}])
+    text, bad = line_with("app ", lines)
+    assert bad
+    assert "2 of 4 up" in text
+    assert [text.split(maxsplit=2)[2].rsplit(maxsplit=1) for text, bad in lines if text.startswith("10.") and bad] == [
+        ["down", "0"],
+        ["up", "2"],
+        ["down in 1 of 2 workers", "1"],
+    ]
 
 
 def test_it_fits() -> None:

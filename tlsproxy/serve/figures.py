@@ -6,9 +6,10 @@ Counters only ever grow, whatever becomes of processes: what a worker has counte
 from __future__ import annotations
 
 import platform
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic, time
-from typing import Any
+from typing import Any, TypeAlias
 
 from prometheus_client import CollectorRegistry
 
@@ -18,14 +19,17 @@ from hsm.metrics import FAMILIES as HSM_FAMILIES
 from hsm.metricstore import Family, MetricStore, read_samples
 from tlsproxy import metrics
 from tlsproxy.metrics import Merged, StoreCollector, merge_stores
-from tlsproxy.serve import rates
 from tlsproxy.serve.anatomy import SlowHandshake, slowest
 from tlsproxy.serve.generation import Generation
-from tlsproxy.serve.snapshot import CertificateView, ListenerView, Snapshot, WorkerView
+from tlsproxy.serve.rates import COUNTED, SAMPLES, Reading, Span, handshakes_lately
+from tlsproxy.serve.snapshot import CertificateView, ListenerView, ServerView, Snapshot, UpstreamView, WorkerView
 from tlsproxy.serve.status import status_document
 from tlsproxy.tls._openssl import LIBRARY_VERSION
 
 _FAMILIES = {**metrics.FAMILIES, **HSM_FAMILIES}
+_ASKED_OF_WORKERS = {family.name: family for family in (TOKEN_UP, metrics.UPSTREAM_SERVER_UP)}
+_Gauge: TypeAlias = tuple[str, tuple[str, ...]]
+"""A family's name and label values."""
 
 
 class Figures:
@@ -35,7 +39,7 @@ class Figures:
         self._generations = generations
         self._store = MetricStore()
         self._gone = MetricStore()
-        self._window = rates.Window()
+        self._samples: deque[Reading] = deque(maxlen=SAMPLES)
         self._restarts = self._store.counter(metrics.WORKER_RESTARTS)
         build = (tlsproxy.__version__, platform.python_version(), LIBRARY_VERSION)
         self._store.values[self._store.gauge(metrics.BUILD_INFO, build)] = 1.0
@@ -67,7 +71,7 @@ class Figures:
 
     def take_sample(self) -> None:
         """Remember where the counters stand; to be called every rates.SAMPLE_INTERVAL_S."""
-        self._window.add(monotonic(), merge_stores(self._counting_fds(), rates.COUNTED))
+        self._samples.append(self._sample())
 
     def status(self) -> dict[str, Any]:
         """Return the state of the whole as JSON has it."""
@@ -82,7 +86,7 @@ class Figures:
         return status_document(
             self.snapshot(),
             circuits,
-            self._window.lately(monotonic(), merge_stores(self._counting_fds(), rates.COUNTED)),
+            handshakes_lately(self._last_minute()),
             draining_workers=sum(worker.pid is not None for generation in draining for worker in generation.workers),
         )
 
@@ -97,13 +101,16 @@ class Figures:
     def snapshot(self) -> Snapshot:
         """Return the state of the whole."""
         current = self._generations()[0]
+        said = _said_by_workers(current)
         handshakes = merge_stores(
             self._counting_fds(), {family.name: family for family in (metrics.HANDSHAKES, metrics.CONNECTIONS)}
         )
         return Snapshot(
             version=tlsproxy.__version__,
             workers=tuple(WorkerView(worker.index, worker.pid, worker.ready) for worker in current.workers),
-            tokens=_tokens_up(current),
+            tokens={
+                token.name: any(said.get((TOKEN_UP.name, (token.name,)), ())) for token in current.config.hsm.tokens
+            },
             certificates=tuple(
                 CertificateView(
                     name,
@@ -115,7 +122,29 @@ class Figures:
                 for name, material in current.materials.items()
             ),
             listeners=tuple(_listener_view(str(listener.address), handshakes) for listener in current.config.listeners),
+            upstreams=self._upstream_views(current, said),
         )
+
+    def _upstream_views(self, current: Generation, said: Mapping[_Gauge, Sequence[bool]]) -> tuple[UpstreamView, ...]:
+        ejections = self._last_minute().increases(metrics.UPSTREAM_EJECTIONS)
+
+        def view(upstream: str, address: str) -> ServerView:
+            labels = (upstream, address)
+            ups = said.get((metrics.UPSTREAM_SERVER_UP.name, labels), ())
+            (ejected,) = ejections.get(labels, (0.0,))
+            return ServerView(address, len(ups), sum(ups), int(ejected))
+
+        return tuple(
+            UpstreamView(upstream.name, tuple(view(upstream.name, str(server.address)) for server in upstream.servers))
+            for upstream in current.config.upstreams
+        )
+
+    def _sample(self) -> Reading:
+        return Reading(monotonic(), merge_stores(self._counting_fds(), COUNTED))
+
+    def _last_minute(self) -> Span:
+        now = self._sample()
+        return Span(self._samples[0] if self._samples else now, now)
 
     def _counting_fds(self) -> list[int]:
         """Return the stores of proxy workers, those that are gone included."""
@@ -131,15 +160,17 @@ class Figures:
         return [self._store.fd, generations[0].own_metrics_fd, *self._counting_fds(), *tokens]
 
 
-def _tokens_up(generation: Generation) -> dict[str, bool]:
-    """A worker that is being replaced reaches no token: only those that serve clients are asked."""
-    up = {token.name: False for token in generation.config.hsm.tokens}
+def _said_by_workers(generation: Generation) -> dict[_Gauge, list[bool]]:
+    """Return what each worker says that serves new clients: does it reach a token, does it send a server requests?
+
+    One that is being replaced reaches nothing, and one that drains goes by an earlier configuration.
+    """
+    said: dict[_Gauge, list[bool]] = {}
     for worker in generation.workers:
         if worker.ready:
-            for sample in read_samples(worker.metrics_fd, {TOKEN_UP.name: TOKEN_UP}):
-                if sample.labels[0] in up and sample.values[0] >= 1.0:
-                    up[sample.labels[0]] = True
-    return up
+            for sample in read_samples(worker.metrics_fd, _ASKED_OF_WORKERS):
+                said.setdefault((sample.family.name, sample.labels), []).append(sample.values[0] >= 1.0)
+    return said
 
 
 def _listener_view(address: str, merged: Mapping[str, Mapping[tuple[str, ...], tuple[float, ...]]]) -> ListenerView:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from time import time
 from typing import Any, Final
 
 from hsm import metrics as hsm_metrics
 from hsm.metricstore import Family
 from tlsproxy import metrics
-from tlsproxy.metrics import Merged
 from tlsproxy.serve.anatomy import PHASES, SlowHandshake
-from tlsproxy.serve.rates import quantile
-from tlsproxy.serve.snapshot import Snapshot
+from tlsproxy.serve.rates import Reading, Span
+from tlsproxy.serve.snapshot import ServerView, Snapshot, UpstreamView
 
 QUANTILES: Final = (0.5, 0.95, 0.99)
 SLOWEST_SHOWN = 20
-_QUANTILE_READINGS = 10
-"""Quantiles are over so many seconds, rates over one."""
+READINGS = 11
+"""Taken each second. Rates are over the last second, quantiles over ten."""
 
 FAMILIES: Final[Mapping[str, Family]] = {
     family.name: family
@@ -32,6 +29,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
         metrics.HTTP_REQUESTS,
         metrics.UPSTREAM_CONNECTIONS,
         metrics.UPSTREAM_ERRORS,
+        metrics.UPSTREAM_RETRIES,
+        metrics.UPSTREAM_WAITING,
         hsm_metrics.SIGN_REQUESTS,
         hsm_metrics.SIGN_DURATION,
         hsm_metrics.QUEUE_DURATION,
@@ -42,81 +41,27 @@ FAMILIES: Final[Mapping[str, Family]] = {
 """What a reading must hold."""
 
 Document = dict[str, Any]
-Values = tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """The metrics of all processes at one moment."""
+def describe(readings: Sequence[Reading], snapshot: Snapshot, slowest: Sequence[SlowHandshake]) -> Document:
+    """Return the document, of the last READINGS or as many as there are.
 
-    at_s: float
-    """Monotonic."""
-    merged: Merged
-
-
-class Readings:
-    """The readings of the last seconds."""
-
-    def __init__(self) -> None:
-        self._readings: deque[Reading] = deque(maxlen=_QUANTILE_READINGS + 1)
-
-    def add(self, reading: Reading) -> None:
-        """Add the newest."""
-        self._readings.append(reading)
-
-    def gauge(self, family: Family, **labels: str) -> float:
-        """Return the present sum over the label sets that have `labels`."""
-        return sum(values[0] for values in _selected(family, self._readings[-1].merged, labels))
-
-    def rate(self, family: Family, **labels: str) -> float:
-        """Return a counter's increase per second since the reading before."""
-        before = self._readings[-2] if len(self._readings) > 1 else self._readings[-1]
-        (increase,) = self._increase(family, before, labels)
-        return increase / ((self._readings[-1].at_s - before.at_s) or 1.0)
-
-    def quantiles(self, family: Family, **labels: str) -> list[float] | None:
-        """Return a histogram's QUANTILES over the last seconds; None if nothing was observed."""
-        counts = self._increase(family, self._readings[0], labels)[:-1]
-        total = sum(counts)
-        return [quantile(share, family.buckets, counts, total) for share in QUANTILES] if total >= 1 else None
-
-    def label_values(self, family: Family, name: str) -> list[str]:
-        """Return the values that label `name` has."""
-        index = family.label_names.index(name)
-        return sorted({labels[index] for labels in self._readings[-1].merged[family.name]})
-
-    def _increase(self, family: Family, before: Reading, labels: Mapping[str, str]) -> Values:
-        new = _total(family, _selected(family, self._readings[-1].merged, labels))
-        old = _total(family, _selected(family, before.merged, labels))
-        # What is counted can get less: a worker that spoilt its store has lost it.
-        return tuple(max(0.0, a - b) for a, b in zip(new, old, strict=True))
-
-
-def _selected(family: Family, merged: Merged, wanted: Mapping[str, str]) -> Iterable[Values]:
-    indexed = [(family.label_names.index(name), value) for name, value in wanted.items()]
-    for labels, values in merged[family.name].items():
-        if all(labels[index] == value for index, value in indexed):
-            yield values
-
-
-def _total(family: Family, label_sets: Iterable[Values]) -> Values:
-    return tuple(map(sum, zip(*label_sets, strict=True))) or (0.0,) * family.slots
-
-
-def describe(readings: Readings, snapshot: Snapshot, slowest: Sequence[SlowHandshake]) -> Document:
-    """Return the document. Times are in seconds, rates per second, quantiles in the order of QUANTILES."""
+    Times are in seconds, rates per second, quantiles in the order of QUANTILES.
+    """
+    second = Span(readings[max(0, len(readings) - 2)], readings[-1])
+    lately = Span(readings[0], readings[-1])
     return {
         "time": time(),
         "version": snapshot.version,
         "ready": snapshot.ready,
-        "handshakes": _handshakes(readings),
-        "phases": {phase: readings.quantiles(metrics.HANDSHAKE_PHASE_DURATION, phase=phase) for phase in PHASES},
-        "requests": readings.rate(metrics.HTTP_REQUESTS),
-        "connections": readings.gauge(metrics.CONNECTIONS),
-        "tokens": [_token(readings, name, up) for name, up in snapshot.tokens.items()],
-        "upstreams": [
-            _upstream(readings, name) for name in readings.label_values(metrics.UPSTREAM_CONNECTIONS, "upstream")
-        ],
+        "handshakes": _handshakes(second, lately),
+        "phases": {
+            phase: lately.quantiles(QUANTILES, metrics.HANDSHAKE_PHASE_DURATION, phase=phase) for phase in PHASES
+        },
+        "requests": second.rate(metrics.HTTP_REQUESTS),
+        "connections": second.gauge(metrics.CONNECTIONS),
+        "tokens": [_token(second, lately, name, up) for name, up in snapshot.tokens.items()],
+        "upstreams": [_upstream(second, upstream) for upstream in snapshot.upstreams],
         "certificates": [
             {
                 "name": certificate.name,
@@ -131,7 +76,7 @@ def describe(readings: Readings, snapshot: Snapshot, slowest: Sequence[SlowHands
             {
                 "address": listener.address,
                 "connections": listener.connections,
-                "ok": readings.rate(metrics.HANDSHAKES, listener=listener.address, result="ok"),
+                "ok": second.rate(metrics.HANDSHAKES, listener=listener.address, result="ok"),
                 "handshakes": listener.handshakes,
                 "failed": listener.handshakes_failed,
             }
@@ -142,48 +87,63 @@ def describe(readings: Readings, snapshot: Snapshot, slowest: Sequence[SlowHands
     }
 
 
-def _handshakes(readings: Readings) -> Document:
+def _handshakes(second: Span, lately: Span) -> Document:
     failures = {
-        result: readings.rate(metrics.HANDSHAKES, result=result)
-        for result in readings.label_values(metrics.HANDSHAKES, "result")
+        result: second.rate(metrics.HANDSHAKES, result=result)
+        for result in second.label_values(metrics.HANDSHAKES, "result")
         if result != "ok"
     }
     return {
-        "full": readings.rate(metrics.HANDSHAKES, result="ok", resumed="false"),
-        "resumed": readings.rate(metrics.HANDSHAKES, result="ok", resumed="true"),
+        "full": second.rate(metrics.HANDSHAKES, result="ok", resumed="false"),
+        "resumed": second.rate(metrics.HANDSHAKES, result="ok", resumed="true"),
         "failed": sum(failures.values()),
         "failures": failures,
-        "in_flight": readings.gauge(metrics.HANDSHAKES_IN_FLIGHT),
-        "duration": readings.quantiles(metrics.HANDSHAKE_DURATION, resumed="false"),
+        "in_flight": second.gauge(metrics.HANDSHAKES_IN_FLIGHT),
+        "duration": lately.quantiles(QUANTILES, metrics.HANDSHAKE_DURATION, resumed="false"),
     }
 
 
-def _token(readings: Readings, name: str, up: bool) -> Document:
-    ok = readings.rate(hsm_metrics.SIGN_REQUESTS, token=name, result="ok")
+def _token(second: Span, lately: Span, name: str, up: bool) -> Document:
+    ok = second.rate(hsm_metrics.SIGN_REQUESTS, token=name, result="ok")
     circuit = [
         state
-        for state in readings.label_values(hsm_metrics.CIRCUIT_STATE, "state")
-        if readings.gauge(hsm_metrics.CIRCUIT_STATE, token=name, state=state)
+        for state in second.label_values(hsm_metrics.CIRCUIT_STATE, "state")
+        if second.gauge(hsm_metrics.CIRCUIT_STATE, token=name, state=state)
     ]
     return {
         "name": name,
         "up": up,
         "circuit": circuit,
-        "pending": readings.gauge(hsm_metrics.PENDING, token=name),
+        "pending": second.gauge(hsm_metrics.PENDING, token=name),
         "signatures": ok,
-        "errors": readings.rate(hsm_metrics.SIGN_REQUESTS, token=name) - ok,
-        "sign": readings.quantiles(hsm_metrics.SIGN_DURATION, token=name),
-        "queue": readings.quantiles(hsm_metrics.QUEUE_DURATION, token=name),
+        "errors": second.rate(hsm_metrics.SIGN_REQUESTS, token=name) - ok,
+        "sign": lately.quantiles(QUANTILES, hsm_metrics.SIGN_DURATION, token=name),
+        "queue": lately.quantiles(QUANTILES, hsm_metrics.QUEUE_DURATION, token=name),
     }
 
 
-def _upstream(readings: Readings, name: str) -> Document:
+def _upstream(second: Span, upstream: UpstreamView) -> Document:
+    name = upstream.name
     return {
         "name": name,
-        "requests": readings.rate(metrics.HTTP_REQUESTS, upstream=name),
-        "errors": readings.rate(metrics.UPSTREAM_ERRORS, upstream=name),
+        "servers": [_server(server) for server in upstream.servers],
+        "requests": second.rate(metrics.HTTP_REQUESTS, upstream=name),
+        "errors": second.rate(metrics.UPSTREAM_ERRORS, upstream=name),
+        "retries": second.rate(metrics.UPSTREAM_RETRIES, upstream=name),
+        "waiting": second.gauge(metrics.UPSTREAM_WAITING, upstream=name),
         **{
-            state: readings.gauge(metrics.UPSTREAM_CONNECTIONS, upstream=name, state=state)
+            state: second.gauge(metrics.UPSTREAM_CONNECTIONS, upstream=name, state=state)
             for state in ("active", "idle")
         },
     }
+
+
+def _server(server: ServerView) -> Document:
+    """`up` is for every worker; `state` says it in words, `ejections` counts those of the last minute."""
+    if server.workers_up == server.workers:
+        state = "up" if server.workers else "unknown"
+    elif server.workers_up:
+        state = f"down in {server.workers - server.workers_up} of {server.workers} workers"
+    else:
+        state = "down"
+    return {"address": server.address, "up": state == "up", "state": state, "ejections": server.ejections}

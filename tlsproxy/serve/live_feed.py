@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import json
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from time import monotonic
 
 from tlsproxy.serve.admin_pages import Source
-from tlsproxy.serve.live_document import FAMILIES, Reading, Readings, describe
+from tlsproxy.serve.live_document import FAMILIES, READINGS, describe
+from tlsproxy.serve.rates import Reading
 
 INTERVAL_S = 1.0
 MAX_WATCHERS = 16
@@ -61,10 +63,10 @@ class LiveFeed:
             yield last
 
     async def _make(self) -> None:
-        readings = Readings()
+        readings: deque[Reading] = deque(maxlen=READINGS)
         while True:
             try:
-                readings.add(Reading(monotonic(), self._source.read(FAMILIES)))
+                readings.append(Reading(monotonic(), self._source.read(FAMILIES)))
                 document = describe(readings, self._source.snapshot(), self._source.slowest())
                 self._event = b"data: " + json.dumps(document, separators=(",", ":")).encode() + b"\n\n"
             except Exception:

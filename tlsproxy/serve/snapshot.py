@@ -39,6 +39,28 @@ class ListenerView:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerView:
+    """A server of an upstream."""
+
+    address: str
+    """As configured: a name may stand for several, of which one that gets requests is enough."""
+    workers: int
+    """Proxy workers that are ready and say whether they send it requests."""
+    workers_up: int
+    """Those that do."""
+    ejections: int
+    """In the last minute, by all workers."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamView:
+    """An upstream of the configuration in force."""
+
+    name: str
+    servers: tuple[ServerView, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything the admin port shows besides the metrics."""
 
@@ -48,6 +70,7 @@ class Snapshot:
     """By name: a proxy worker that is ready reaches a worker of this token."""
     certificates: tuple[CertificateView, ...]
     listeners: tuple[ListenerView, ...]
+    upstreams: tuple[UpstreamView, ...]
 
     @property
     def workers_ready(self) -> int:

@@ -18,7 +18,7 @@ from tlsproxy.serve import admin, live_feed
 from tlsproxy.serve.admin import AdminServer
 from tlsproxy.serve.anatomy import SlowHandshake
 from tlsproxy.serve.live_document import FAMILIES as LIVE_FAMILIES
-from tlsproxy.serve.snapshot import CertificateView, ListenerView, Snapshot, WorkerView
+from tlsproxy.serve.snapshot import CertificateView, ListenerView, ServerView, Snapshot, UpstreamView, WorkerView
 
 
 class Fixture:
@@ -48,6 +48,7 @@ class Fixture:
             tokens={"local": self.token_up},
             certificates=(CertificateView(self.name, ("example.com",), "ecdsa-p256", ("local",), not_after),),
             listeners=(ListenerView("0.0.0.0:8443", 3, 1000, 7),),
+            upstreams=(UpstreamView("app", (ServerView("10.0.0.1:80", 1, 1, 0),)),),
         )
 
     async def ask(self, request: bytes) -> tuple[int, dict[str, str], bytes]:
