@@ -33,6 +33,8 @@ class HandshakeSummary(NamedTuple):
     """None, as `token`, when it was resumed: nothing was signed."""
     token: str | None
     """The name of the token that signed."""
+    signature_requested_s: float
+    """Monotonic; 0 when it was resumed."""
 
 
 class Handshake:
@@ -45,6 +47,7 @@ class Handshake:
         "_idle_since_s",
         "_sign_failure",
         "_signature",
+        "_signature_requested_s",
         "_signed",
         "_started_s",
         "_tls",
@@ -58,6 +61,7 @@ class Handshake:
         self._client_hello_s = 0.0
         self._client_wait_s = 0.0
         self._signature: asyncio.Future[Signature] | None = None
+        self._signature_requested_s = 0.0
         self._signed: Signature | None = None
         self._sign_failure = ""
 
@@ -99,7 +103,8 @@ class Handshake:
             )
 
     def _ask_for_signature(self, event: SignatureNeeded) -> None:
-        self._client_hello_s = monotonic() - self._started_s - self._client_wait_s
+        now_s = self._signature_requested_s = monotonic()
+        self._client_hello_s = now_s - self._started_s - self._client_wait_s
         runtime = self._client.runtime
         key = runtime.signing_keys[event.certificate.name]
         self._signature = runtime.pool.submit(key, event.scheme, event.tbs)
@@ -129,12 +134,12 @@ class Handshake:
         runtime = self._client.runtime
         runtime.metrics.observe_handshake(event, duration_s)
         signed = self._signed
-        if signed is None:
-            summary = HandshakeSummary(self._started_s, duration_s, event, None, None)
-        else:
+        phases = token = None
+        if signed is not None:
             phases = self._phases(duration_s, signed)
-            summary = HandshakeSummary(self._started_s, duration_s, event, phases, signed.token)
-            runtime.metrics.observe_phases(event, duration_s, phases, signed.token)
+            token = signed.token
+            runtime.metrics.observe_phases(event, duration_s, phases, token)
+        summary = HandshakeSummary(self._started_s, duration_s, event, phases, token, self._signature_requested_s)
         if _completed_log.takes():
             self._log(summary)
         runtime.handshake_ended()
