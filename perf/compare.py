@@ -36,6 +36,9 @@ RUNS: dict[str, tuple[ModuleType, str]] = {
     "requests": (requests, "--turns 5 --seconds 1"),
     "Python peers": (requests, f"{_PYTHON_SERVERS} --turns 2 --seconds 1"),
     "bulk": (bulk, "--turns 4 --seconds 1"),
+    "bulk uploads": (bulk, "--upload --turns 4 --seconds 1"),
+    "Python peers, bulk": (bulk, f"{_PYTHON_SERVERS} --turns 2 --seconds 1"),
+    "Python peers, bulk uploads": (bulk, f"--upload {_PYTHON_SERVERS} --turns 2 --seconds 1"),
     "idle": (idle, "--server nginx --server tlsproxy"),
     "capacity": (capacity, "--validate"),
 }

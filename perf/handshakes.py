@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from hsm.messages import KeyType
 from perf.clients import Clients
 from perf.handshake_load import HandshakeLoad, run_handshakes
-from perf.options import add_load_arguments, add_server_arguments, chosen_servers
+from perf.options import add_load_arguments, add_server_arguments, chosen_servers, load_on
 from perf.parts import Part, Table, figure, figure_and_spread, latency_chart, quantiles_ms
 from perf.plots import Axis, bar_chart, line_chart
 from perf.setups.base import Server
@@ -62,17 +62,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Part]:
 
 def take_handshakes(clients: Clients, server: Server, arguments: argparse.Namespace) -> Turn:
     """One server's turn. Raises RuntimeError if handshakes were resumed that must be full, or the other way round."""
-    load = HandshakeLoad(
-        server.host,
-        server.port,
-        server.server_name,
-        server.ca_file,
-        arguments.seconds,
-        arguments.concurrency,
-        arguments.rate,
-        tls_version=_TLS_VERSIONS[arguments.tls],
-        resume=arguments.resumed,
-    )
+    load = load_on(server, HandshakeLoad, arguments, tls_version=_TLS_VERSIONS[arguments.tls], resume=arguments.resumed)
     charged = clients.run(run_handshakes, load, server.pids_by_role())
     result = charged.result
     if result.resumed != (result.completed if arguments.resumed else 0):

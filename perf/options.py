@@ -7,9 +7,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hsm.messages import KeyType
 from perf import cpu
+from perf.load import LoadType
 from perf.setups.base import PROXY_ROLE, Server
 from perf.setups.catalogue import SETUPS, Servers, running
 
@@ -63,6 +65,20 @@ def add_load_arguments(parser: argparse.ArgumentParser, *, seconds: float, turns
     parser.add_argument("--rate", type=float, help="open loop: so many due each second, Poisson (default: closed loop)")
     parser.add_argument("--clients", type=_positive, default=1, help="client processes (default: 1)")
     add_json_argument(parser)
+
+
+def load_on(server: Server, kind: type[LoadType], arguments: argparse.Namespace, **particulars: Any) -> LoadType:
+    """The load that the command line asks for, on one server."""
+    return kind(
+        server.host,
+        server.port,
+        server.server_name,
+        server.ca_file,
+        arguments.seconds,
+        arguments.concurrency,
+        arguments.rate,
+        **particulars,
+    )
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""GET requests on TLS connections that live on, for one small or large resource."""
+"""Requests on TLS connections that live on: GET of a small or large resource, or POST of a body."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from perf.clients import client_context, connect
 from perf.load import Load, LoadResult, drive
 
 _HEAD_LIMIT = 65536
+_PIECE = 1 << 18
+"""What is encrypted at a time."""
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)[ \t]*\r\n", re.IGNORECASE)
 
 
@@ -21,6 +23,15 @@ class RequestLoad(Load):
     """Requests for one path; each connection has one request under way at most."""
 
     path: str = "/"
+    upload_bytes: int = 0
+    """Length of each request's body; 0 for a GET without one."""
+
+    def request(self) -> bytes:
+        """Head and body."""
+        method = "POST" if self.upload_bytes else "GET"
+        length = f"Content-Length: {self.upload_bytes}\r\n" if self.upload_bytes else ""
+        head = f"{method} {self.path} HTTP/1.1\r\nHost: {self.server_name}\r\n{length}\r\n"
+        return head.encode() + bytes(self.upload_bytes)
 
 
 class ResponseReader:
@@ -68,10 +79,11 @@ class ResponseReader:
 class _Connection:
     """One keep-alive connection."""
 
-    __slots__ = ("_buffer", "_reader", "_request", "done_s", "tls")
+    __slots__ = ("_buffer", "_reader", "_request", "_sent", "done_s", "tls")
 
-    def __init__(self, load: RequestLoad, context: ssl.SSLContext, buffer: memoryview) -> None:
-        self._request = f"GET {load.path} HTTP/1.1\r\nHost: {load.server_name}\r\n\r\n".encode()
+    def __init__(self, load: RequestLoad, context: ssl.SSLContext, request: memoryview, buffer: memoryview) -> None:
+        self._request = request
+        self._sent = 0
         self._reader = ResponseReader()
         self._buffer = buffer
         self.done_s = 0.0
@@ -79,12 +91,14 @@ class _Connection:
         self.tls.setblocking(False)
 
     def begin(self) -> int:
-        """See Exchange. A request is small: it fits into the socket's buffer."""
-        self.tls.send(self._request)
-        return selectors.EVENT_READ
+        """See Exchange."""
+        self._sent = 0
+        return self._send()
 
     def advance(self) -> int:
         """See Exchange."""
+        if self._sent < len(self._request):
+            return self._send()
         while True:
             try:
                 received = self.tls.recv_into(self._buffer)
@@ -96,6 +110,16 @@ class _Connection:
                 self.done_s = time.perf_counter()
                 return 0
 
+    def _send(self) -> int:
+        """Send what there is room for."""
+        try:
+            while self._sent < len(self._request):
+                # After SSLWantWriteError it has to be the same piece again.
+                self._sent += self.tls.send(self._request[self._sent : self._sent + _PIECE])
+        except ssl.SSLWantWriteError:
+            return selectors.EVENT_WRITE
+        return selectors.EVENT_READ
+
     def add_to(self, result: LoadResult) -> None:
         """See Exchange."""
         result.received_bytes += self._reader.body_bytes
@@ -105,4 +129,5 @@ def run_requests(load: RequestLoad, ready: Callable[[], None]) -> LoadResult:
     """Carry out the load in this process (see perf.clients)."""
     context = client_context(load.ca_file)
     buffer = memoryview(bytearray(65536))
-    return drive(load, lambda: _Connection(load, context, buffer), ready, reusable=True)
+    request = memoryview(load.request())
+    return drive(load, lambda: _Connection(load, context, request, buffer), ready, reusable=True)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from hsm.messages import KeyType
-from perf.clients import Clients
-from perf.options import add_load_arguments, add_server_arguments, chosen_servers
+from perf.options import add_load_arguments, add_server_arguments
 from perf.parts import Part, Table, figure, figure_and_spread, latency_chart, quantiles_ms
 from perf.plots import bar_chart
-from perf.request_load import RequestLoad, run_requests
-from perf.setups.base import PROXY_ROLE, Server
-from perf.turns import Case, Results, Turn, interleave
-
-SERVERS = ("nginx", "tlsproxy", "tlsproxy-tcp", "haproxy", "hitch", "stunnel")
+from perf.request_turns import SERVERS, take_turns
+from perf.setups.base import PROXY_ROLE
+from perf.turns import Results, Turn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,29 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace) -> Iterator[Part]:
     """Measure; yield the one part."""
-    with chosen_servers(arguments, KeyType.ECDSA_P256) as servers, Clients(arguments.clients) as clients:
-        results = _take_turns(clients, servers, arguments)
-    yield _part(results, arguments)
-
-
-def _take_turns(clients: Clients, servers: Sequence[Server], arguments: argparse.Namespace) -> Results:
-    """Let the servers take turns."""
-
-    def take(server: Server) -> Turn:
-        load = RequestLoad(
-            server.host,
-            server.port,
-            server.server_name,
-            server.ca_file,
-            arguments.seconds,
-            arguments.concurrency,
-            arguments.rate,
-            path=arguments.path,
-        )
-        return Turn.of(clients.run(run_requests, load, server.pids_by_role()))
-
-    cases = {Case(server.name): functools.partial(take, server) for server in servers}
-    return interleave(cases, arguments.turns, "requests")
+    yield _part(take_turns(arguments, "requests", Turn.of, path=arguments.path), arguments)
 
 
 def _part(results: Results, arguments: argparse.Namespace) -> Part:

@@ -100,7 +100,7 @@ def _requests(part: Part) -> Iterator[Target]:
 def _bulk(part: Part) -> Iterator[Target]:
     results = part.series["bulk"]
     ratio = results[Case("tlsproxy")].cpu_s(PROXY_ROLE) / results[Case("nginx")].cpu_s(PROXY_ROLE)
-    yield Target("CPU per GB of 10 MB bodies, x nginx", 1.0, False, ratio)
+    yield Target(f"{part.title}: CPU per GB, x nginx", 1.0, False, ratio)
 
 
 def _idle(part: Part) -> Iterator[Target]:
@@ -114,5 +114,6 @@ _CHECKS: dict[str, Callable[[Part], Iterator[Target]]] = {
     "key in memory": _key_in_memory,
     "requests": _requests,
     "bulk": _bulk,
+    "bulk uploads": _bulk,
     "idle": _idle,
 }

@@ -34,7 +34,7 @@ class Turn:
     """What one server did in one turn."""
 
     operations: float
-    """Handshakes, requests, or gigabytes received."""
+    """Handshakes, requests, or gigabytes of bodies."""
     per_second: float
     cpu_s: Mapping[str, float]
     """CPU seconds of the server's processes, by role; empty if they are not known."""
@@ -46,12 +46,14 @@ class Turn:
     probes_asked: int = 0
 
     @classmethod
-    def of(cls, charged: Charged) -> Turn:
-        """The turn that a load was, an operation being one exchange."""
+    def of(cls, charged: Charged, operations: float | None = None) -> Turn:
+        """The turn that a load was: so many operations, or one for each exchange."""
         result = charged.result
+        if operations is None:
+            operations = result.completed
         return cls(
-            result.completed,
-            result.per_second,
+            operations,
+            operations / result.elapsed_s if result.elapsed_s else 0.0,
             charged.cpu_s,
             result.latencies,
             dict(result.failures),

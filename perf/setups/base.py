@@ -108,7 +108,7 @@ class Site:
     directory: Path
     credential: Credential
     backend_port: int
-    """Where a plain HTTP back end answers `/` with 100 bytes and `/bulk` with 10 MB."""
+    """Where a plain HTTP back end answers `/` with 100 bytes, `/bulk` with 10 MB, and reads what is sent to `/sink`."""
     hsms: Sequence[SlowHsm]
     """Tokens with the key as `perf`; empty if no server of the run needs one."""
     workers: int

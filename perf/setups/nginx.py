@@ -39,18 +39,25 @@ class Nginx(Setup):
 
 
 class Backend(Nginx):
-    """Plain HTTP: 100 bytes at `/`, 10 MB at `/bulk`."""
+    """Plain HTTP: 100 bytes at `/`, 10 MB at `/bulk`; `/sink` answers once it has a body of up to 16 MiB."""
 
     name = "backend"
 
     def server(self) -> str:
-        """Small answers from memory, large ones by sendfile()."""
+        """Small answers from memory, large ones by sendfile().
+
+        nginx answers by itself before it has read a body; before it passes a request on, it reads all of it.
+        """
         (self.directory / "bulk").write_bytes(bytes(BULK_BYTES))
         return f"""
             server {{
                 listen 127.0.0.1:{self.port} backlog=4096; root {self.directory}; sendfile on; keepalive_timeout 1h;
                 location / {{ return 200 "{SMALL_BODY.decode().strip()}\\n"; }}
                 location = /bulk {{ }}
+                location = /sink {{
+                    client_max_body_size 16m; client_body_buffer_size 16m; proxy_pass_request_body off;
+                    proxy_method GET; proxy_set_header Content-Length ""; proxy_pass http://127.0.0.1:{self.port}/;
+                }}
             }}
         """
 
@@ -78,6 +85,7 @@ class NginxKeyFile(Nginx):
                 location / {{
                     proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection "";
                     proxy_set_header Host $host; proxy_max_temp_file_size 0;
+                    proxy_request_buffering off; client_max_body_size 0;
                 }}
             }}
         """

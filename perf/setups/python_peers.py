@@ -18,14 +18,24 @@ import os
 
 import httpx
 
-client = httpx.AsyncClient(base_url=os.environ["PERF_UPSTREAM"], limits=httpx.Limits(max_connections=None))
+NO_LIMITS = httpx.Limits(max_connections=None)
+client = httpx.AsyncClient(base_url=os.environ["PERF_UPSTREAM"], limits=NO_LIMITS)
+
+
+async def body(receive):
+    more = True
+    while more:
+        message = await receive()
+        more = message["more_body"]
+        yield message["body"]
 
 
 async def application(scope, receive, send):
     if scope["type"] != "http":
         return
     headers = [field for field in scope["headers"] if field[0] != b"connection"]
-    request = client.build_request(scope["method"], scope["path"], headers=headers)
+    content = None if scope["method"] == "GET" else body(receive)
+    request = client.build_request(scope["method"], scope["path"], headers=headers, content=content)
     response = await client.send(request, stream=True)
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.headers.raw})
     async for piece in response.aiter_raw():
@@ -55,7 +65,7 @@ class _PythonPeer(Setup):
 
 
 class Mitmdump(_PythonPeer):
-    """mitmproxy as a reverse proxy, without its web interface and console."""
+    """mitmproxy as a reverse proxy, without its web interface and console; large bodies are streamed, not collected."""
 
     name = "mitmdump"
 
@@ -63,6 +73,7 @@ class Mitmdump(_PythonPeer):
         """All on the command line."""
         site = self.site
         settings = [f"confdir={self.directory}", "connection_strategy=lazy", "http2=false", "flow_detail=0"]
+        settings.append("stream_large_bodies=1m")
         command = [self._program("mitmdump"), "--quiet", "--listen-host", self.host, "--listen-port", str(self.port)]
         command += ["--mode", f"reverse:http://127.0.0.1:{site.backend_port}"]
         command += ["--certs", f"*={site.credential.combined_file}"]

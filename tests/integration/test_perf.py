@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from hsm.messages import KeyType
-from tests.backends import backend
+from tests.backends import BackendConnection, backend, ok
 from tests.proxy import Proxy, make_site, running_proxy, site_config
 
 KEYS = {"www": KeyType.ECDSA_P256}
@@ -23,10 +24,20 @@ KEYS = {"www": KeyType.ECDSA_P256}
 async def proxy(tmp_path: Path) -> AsyncIterator[Proxy]:
     make_site(tmp_path, KEYS)
     async with (
-        backend() as upstream,
+        backend(takes_uploads) as upstream,
         running_proxy(tmp_path, site_config(tmp_path, KEYS, f"127.0.0.1:{upstream.port}")) as running,
     ):
         yield running
+
+
+async def takes_uploads(connection: BackendConnection) -> None:
+    """Answer every request once all of its body is there."""
+    while head := await connection.head():
+        length = re.search(rb"\r\nContent-Length: ([0-9]+)", head)
+        left = int(length[1]) if length else 0
+        while left:
+            left -= len(await connection.reader.read(min(left, 1 << 18)))
+        await connection.send(ok())
 
 
 async def start(proxy: Proxy, *words: str) -> asyncio.subprocess.Process:
@@ -67,6 +78,14 @@ async def test_requests_are_what_the_proxy_itself_counts(proxy):
     assert turn["failures"] == {}
     assert 0 < turn["operations"] < 100
     assert await proxy.metric("tlsproxy_http_requests_total", code="200") >= turn["operations"]
+
+
+async def test_uploads_are_what_the_proxy_itself_counts(proxy):
+    turn = await measure(proxy, "bulk", "--upload", "--path", "/")
+    assert turn["failures"] == {}
+    assert turn["operations"] > 0
+    # One turn more only warms up.
+    assert await proxy.metric("tlsproxy_bytes_total", direction="in") >= 2 * turn["operations"] * 1e9
 
 
 async def test_a_storm_is_probed(proxy):
