@@ -205,13 +205,15 @@ class WorkerGroup:
 
 
 @contextlib.asynccontextmanager
-async def open_pool(tokens: Sequence[Token], **options: Any) -> AsyncIterator[SignerPool]:
+async def open_pool(
+    tokens: Sequence[Token], *, log_level: LogLevel = "info", **options: Any
+) -> AsyncIterator[SignerPool]:
     """Start the workers of `tokens` and give a SignerPool of them (with its `options`) while the context lasts.
 
     Raises TokenConfigError, WorkerFailed and SignerUnavailable.
     """
     with tempfile.TemporaryDirectory(prefix="hsm-") as directory:
-        groups = [WorkerGroup(token, directory) for token in tokens]
+        groups = [WorkerGroup(token, directory, log_level=log_level) for token in tokens]
         try:
             for group in groups:
                 group.start()

@@ -76,7 +76,7 @@ async def _measure(arguments: argparse.Namespace, tokens: Sequence[Pkcs11Token],
 async def _open(
     tokens: Sequence[Pkcs11Token], directory: str, deadline_s: float
 ) -> AsyncIterator[tuple[SignerPool, Sequence[int]]]:
-    groups = [WorkerGroup(token, directory) for token in tokens]
+    groups = [WorkerGroup(token, directory, log_level="warning") for token in tokens]
     try:
         for group in groups:
             group.start()

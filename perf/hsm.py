@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
             token.faults.set_sign_latency(arguments.latency_ms / 1000)
         module_us = _bare_module_us(tokens[0], Path(directory), arguments.sessions, arguments.seconds)
         run_directory = os.path.join(directory, "run")
-        groups = [WorkerGroup(token.launchable(sessions=arguments.sessions), run_directory) for token in tokens]
+        launchable = [token.launchable(sessions=arguments.sessions) for token in tokens]
+        groups = [WorkerGroup(token, run_directory, log_level="warning") for token in launchable]
         asyncio.run(_measure(arguments, groups, module_us))
     return 0
 

@@ -94,7 +94,7 @@ def _make_token(directory: str, key_type: KeyType, workers: int) -> SoftToken:
 
 
 async def _measure(arguments: argparse.Namespace, token: SoftToken, directory: str) -> None:
-    group = WorkerGroup(token, directory)
+    group = WorkerGroup(token, directory, log_level="warning")
     group.start()
     try:
         await group.wait_ready(30)

@@ -3,7 +3,6 @@
 The tokens are SoftHSM2 behind tests/fault_module, which sleeps in C_Sign. How long their signatures really take, and
 what the way to a worker and back costs, is measured first with one request at a time; from then on the simulation is on
 its own. The arrivals are the same in both.
-
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def validate() -> list[Comparison]:
 
 async def _validate(tokens: Sequence[Pkcs11Token]) -> list[Comparison]:
     progress = Progress("validation", 1 + len(LOADS))
-    async with open_pool(tokens, sign_deadline_s=_DEADLINE_S, max_pending=1 << 20) as pool:
+    async with open_pool(tokens, log_level="warning", sign_deadline_s=_DEADLINE_S, max_pending=1 << 20) as pool:
         key = pool.key("www")
         progress.show("one request at a time")
         model = await _calibrate(pool, key)
