@@ -7,7 +7,6 @@ tokens) is checked later, by `serve.materials`.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +26,7 @@ from tlsproxy.config import (
     TokenKind,
     UpstreamConfig,
 )
+from tlsproxy.cores import usable_cores
 from tlsproxy.errors import ConfigError, Problem
 from tlsproxy.yaml_listeners import read_listener
 from tlsproxy.yaml_nodes import MAX_FILE_BYTES, Document, InvalidValueError, MappingReader, Value
@@ -91,7 +91,7 @@ def _config(root: MappingReader, directory: Path) -> Config:
     no_tokens: tuple[TokenConfig, ...] = ()
     tokens = hsm.required("tokens", lambda value: value.each(_token, at_least=1), no_tokens)
     config = Config(
-        workers=root.optional("workers", _workers, _cores()),
+        workers=root.optional("workers", _workers, usable_cores()),
         runtime_dir=_runtime_dir(root, directory),
         drain_timeout_s=root.optional("drain_timeout", lambda value: value.duration(0.1, 86400), 30.0),
         user=root.optional("user", _user, None),
@@ -131,11 +131,7 @@ def _user(value: Value) -> str:
 
 
 def _workers(value: Value) -> int:
-    return _cores() if value.text("a number or auto") == "auto" else value.integer(1, 1024, " or auto")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+    return usable_cores() if value.text("a number or auto") == "auto" else value.integer(1, 1024, " or auto")
 
 
 def _token(value: Value) -> TokenConfig:
@@ -165,7 +161,9 @@ def _token(value: Value) -> TokenConfig:
         given = [key for key in ("pin_file", "pin_env") if reader.get(key) is not None]
         if len(given) != 1:
             value.note(f"expected exactly one of pin_file and pin_env; got {'both' if given else 'neither'}")
-    workers = reader.optional("workers", lambda item: item.integer(1, 256), _cores() if kind is TokenKind.SOFT else 1)
+    workers = reader.optional(
+        "workers", lambda item: item.integer(1, 256), usable_cores() if kind is TokenKind.SOFT else 1
+    )
     reader.finish()
     return TokenConfig(
         name=name,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 
@@ -43,9 +42,10 @@ def problems(text: str) -> list[str]:
     return [str(problem) for problem in caught.value.problems]
 
 
-def test_defaults() -> None:
+def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tlsproxy.config_yaml.usable_cores", lambda: 3)
     config = parse(MINIMAL)
-    assert config.workers == len(os.sched_getaffinity(0))
+    assert config.workers == config.hsm.tokens[0].workers == parse(f"workers: auto\n{MINIMAL}").workers == 3
     assert config.runtime_dir == Path("/etc/tlsproxy/run")
     assert config.log.format is LogFormat.JSON
     assert config.admin is None
