@@ -383,6 +383,18 @@ class AdminConfig:
 
 
 @dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
+class TracingConfig:
+    """OpenTelemetry spans of requests."""
+
+    endpoint: str
+    """URL of a collector that takes OTLP over HTTP."""
+    sample: float
+    """The share of requests that is recorded, from 0 to 1; where a trusted proxy has decided already, that holds."""
+    service_name: str
+    origin: Origin
+
+
 class Config:
     """Everything."""
 
@@ -406,3 +418,4 @@ class Config:
     listeners: tuple[ListenerConfig, ...]
     upstreams: tuple[UpstreamConfig, ...]
     admin: AdminConfig | None
+    tracing: TracingConfig | None

@@ -24,6 +24,7 @@ from tlsproxy.config import (
     RouteConfig,
     TokenConfig,
     TokenKind,
+    TracingConfig,
     UpstreamConfig,
 )
 from tlsproxy.cores import usable_cores
@@ -35,6 +36,7 @@ from tlsproxy.yaml_values import NOWHERE, read_listen_address, read_name
 
 _REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-[0-9]+")
 _HTTPS_URL = re.compile(r"https://[!-~]+|http://(127\.0\.0\.1|localhost)(:[0-9]+)?/?")
+_COLLECTOR_URL = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?(?:/[!-~]*)?")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}|[0-9]{1,9}")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -121,6 +123,7 @@ def _config(root: MappingReader, directory: Path) -> Config:
         upstreams=root.required("upstreams", lambda value: value.each(read_upstream, at_least=1), ()),
         admin=root.optional("admin", _admin, None),
     )
+        tracing=root.optional("tracing", _tracing, None),
     for reader in (log, hsm, root):
         reader.finish()
     return config
@@ -226,6 +229,25 @@ def _admin(value: Value) -> AdminConfig:
 
 
 def _check_references(config: Config, problems: list[Problem]) -> None:
+def _tracing(value: Value) -> TracingConfig:
+    reader = value.mapping()
+    tracing = TracingConfig(
+        endpoint=reader.required("endpoint", _collector_url, ""),
+        sample=reader.optional("sample", Value.share, 0.1),
+        service_name=reader.optional("service_name", Value.text, "tlsproxy"),
+        origin=value.origin,
+    )
+    reader.finish()
+    return tracing
+
+
+def _collector_url(value: Value) -> str:
+    """Return the URL that spans are posted to; without a path, OTLP's own is meant."""
+    expected = "a URL such as http://127.0.0.1:4318/v1/traces, without user and password"
+    text = value.text(expected, _COLLECTOR_URL, secret=True)
+    return text if text.count("/") > 2 else f"{text}/v1/traces"
+
+
     """Note names that are taken twice and names nobody has."""
     tokens = _names("token", config.hsm.tokens, problems)
     certificates = _names("certificate", config.certificates, problems)

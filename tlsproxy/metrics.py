@@ -135,6 +135,18 @@ UPSTREAM_EJECTIONS = Family(
     ("upstream", "server"),
 )
 
+# Traces
+
+TRACE_SPANS = Family(
+    "tlsproxy_trace_spans_total", Kind.COUNTER, "Spans recorded. What is never exported was pushed out by later ones."
+)
+TRACE_SPANS_EXPORTED = Family(
+    "tlsproxy_trace_spans_exported_total",
+    Kind.COUNTER,
+    "Spans sent to the collector, by result: ok, or failed and lost.",
+    ("result",),
+)
+
 # Processes
 
 EVENT_LOOP_LAG = Family(
@@ -183,6 +195,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
         UPSTREAM_WAITING,
         UPSTREAM_SERVER_UP,
         UPSTREAM_EJECTIONS,
+        TRACE_SPANS,
+        TRACE_SPANS_EXPORTED,
         EVENT_LOOP_LAG,
         WORKERS_READY,
         WORKER_RESTARTS,

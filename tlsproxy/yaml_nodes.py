@@ -33,6 +33,7 @@ _DURATION_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0
 _SIZE = re.compile(r"(\d{1,15})(B|KiB|MiB|GiB)?")
 _SIZE_UNITS = {None: 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _INTEGER = re.compile(r"-?\d{1,18}")
+_SHARE = re.compile(r"[01](?:\.[0-9]{1,9})?")
 
 
 class InvalidValueError(Exception):
@@ -201,6 +202,14 @@ class Value:
         if not low <= size <= high:
             raise self.invalid(expected)
         return size
+
+    def share(self) -> float:
+        """Return a number in [0, 1]: `0.1`."""
+        expected = "a number from 0 to 1, such as 0.1"
+        text = self._scalar(expected)
+        if not _SHARE.fullmatch(text) or float(text) > 1:
+            raise self.invalid(expected)
+        return float(text)
 
     def boolean(self) -> bool:
         """Return a truth value: `true` or `false`."""

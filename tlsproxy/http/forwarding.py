@@ -42,6 +42,7 @@ _SAID_BY_PROXY = frozenset(
         b"via",
     )
 )
+_TRACE_CONTEXT = frozenset((b"traceparent", b"tracestate"))
 _TRUSTED_PEER_MAY_SAY = frozenset(
     (
         b"forwarded",
@@ -104,6 +105,8 @@ class Hop(NamedTuple):
     """What the peer says of those before it is believed and passed on."""
     forwarded: bool
     """Say it in Forwarded (RFC 7239) too."""
+    trace: bytes = b""
+    """Lines with traceparent and tracestate, in place of the client's; empty if the proxy takes no part in traces."""
 
 
 def request_head(request: RequestHead, hop: Hop, rules: RequestRules) -> bytes:
@@ -111,7 +114,7 @@ def request_head(request: RequestHead, hop: Hop, rules: RequestRules) -> bytes:
     host = request.host or hop.upstream_authority
     out = [request.method, b" ", request.target, b" HTTP/1.1\r\nHost: ", rules.host or host, b"\r\n"]
     named = request.connection_options
-    not_sent = rules.not_sent
+    not_sent = rules.not_sent | _TRACE_CONTEXT if hop.trace else rules.not_sent
     vias = []
     for lower, name, value in request.fields:
         if lower in not_sent or lower in named:
@@ -140,7 +143,7 @@ def request_head(request: RequestHead, hop: Hop, rules: RequestRules) -> bytes:
             b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\nX-Request-ID: %b\r\n"
             % (hop.client_ip, hop.proto, host, hop.request_id)
         )
-    out.append(b"%bVia: %b\r\n\r\n" % (rules.appended, b", ".join(vias)))
+    out.append(b"%b%bVia: %b\r\n\r\n" % (hop.trace, rules.appended, b", ".join(vias)))
     return b"".join(out)
 
 

@@ -27,6 +27,7 @@ from tlsproxy.serve.upstream_connection import UpstreamConnection
 
 if TYPE_CHECKING:
     from tlsproxy.serve.http_connection import HttpConnection
+    from tlsproxy.serve.tracing import RequestTrace
 
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))
 """RFC 9110 section 9.2.2: these may be sent again."""
@@ -55,14 +56,23 @@ class Exchange:
         "request",
         "route",
         "started_s",
+        "trace",
         "upstream",
     )
 
-    def __init__(self, client: HttpConnection, request: RequestHead, route: Route, upstream: Upstream) -> None:
+    def __init__(
+        self,
+        client: HttpConnection,
+        request: RequestHead,
+        route: Route,
+        upstream: Upstream,
+        trace: RequestTrace | None,
+    ) -> None:
         self._client = client
         self.request = request
         self.route = route
         self.upstream = upstream
+        self.trace = trace
         self.started_s = monotonic()
         self.pace: Pace | None = None
         """Of the request's body, once it has been waited for."""
@@ -93,6 +103,8 @@ class Exchange:
 
     def start(self) -> None:
         """Ask for a connection."""
+        if self.trace is not None:
+            self.trace.attempt_begun()
         self.upstream.acquire(self)
         self._started = True
         if self._connection is None and self.request.has_body:
@@ -119,6 +131,8 @@ class Exchange:
         else:
             self._connection.abort()
             self._connection = None
+        if self.trace is not None:
+            self.trace.ended(0, "client_closed")
 
     def client_drained(self) -> None:
         """The client can take more of the response."""
@@ -147,6 +161,7 @@ class Exchange:
             connection.server.authority,
             client.peer_is_trusted,
             client.runtime.config.forwarded,
+            b"" if self.trace is None else self.trace.attempt_connected(connection, self.upstream.name),
         )
         self._pending.insert(0, request_head(self.request, hop, self.route.request_rules))
         if self._started:
@@ -169,7 +184,7 @@ class Exchange:
         try:
             self._reader.end_of_input()
         except UpstreamError as error:
-            if not self._retry():
+            if not self._retry(error.reason):
                 self._fail(error)
             return False
         if self._chunked_response:
@@ -181,7 +196,7 @@ class Exchange:
         """Act on a connection that is gone before the response was complete."""
         if isinstance(error, TimeoutError):
             self._fail(UpstreamError(504, "response_timeout"))
-        elif not self._retry():
+        elif not self._retry("connection_lost"):
             self._fail(UpstreamError(502, "connection_lost"))
 
     def upstream_writable(self, writable: bool) -> None:
@@ -298,7 +313,7 @@ class Exchange:
 
     def _complete(self, connection: UpstreamConnection) -> None:
         self._connection = None
-        connection.succeeded()
+        self._succeeded(connection)
         reader = self._reader
         if reader.keep_alive and self._request_ended and not reader.buffered_bytes and not connection.write_paused:
             connection.resume_reading()
@@ -310,11 +325,16 @@ class Exchange:
     def _switch_protocols(self, connection: UpstreamConnection) -> None:
         """Leave the connection to a tunnel: what follows is no HTTP."""
         self._connection = None
-        connection.succeeded()
+        self._succeeded(connection)
         self._client.protocol_switched(connection, self._reader.take_buffered())
 
-    def _retry(self) -> bool:
-        """Send the request again if nothing of a response has come and it may be sent twice.
+    def _succeeded(self, connection: UpstreamConnection) -> None:
+        connection.succeeded()
+        if self.trace is not None:
+            self.trace.attempt_ended(self.status)
+
+    def _retry(self, reason: str) -> bool:
+        """Send the request again if nothing of a response has come and it may be sent twice; `reason` is why it failed.
 
         A kept-alive connection that is closed tells nothing of its server; otherwise it is another server's turn.
         """
@@ -339,6 +359,9 @@ class Exchange:
         self._connection = None
         metrics = self.upstream.metrics
         metrics.values[metrics.retries] += 1.0
+        if self.trace is not None:
+            self.trace.attempt_ended(0, reason)
+            self.trace.attempt_begun()
         self.upstream.acquire(self, fresh=True, tried=self._tried)
         return True
 
@@ -348,4 +371,6 @@ class Exchange:
             self._connection.abort()
             self._connection = None
         self.upstream.metrics.count_error(error.reason)
+        if self.trace is not None:
+            self.trace.attempt_ended(self.status, error.reason)
         self._client.exchange_failed(error)

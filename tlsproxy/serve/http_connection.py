@@ -22,6 +22,7 @@ from tlsproxy.serve.upstream_connection import UpstreamConnection
 if TYPE_CHECKING:
     from tlsproxy.serve.handshake import HandshakeSummary
     from tlsproxy.serve.listener import ListenerRuntime
+    from tlsproxy.serve.tracing import RequestTrace, Tracing
 
 PIPELINED_BYTES = 64 * 1024
 """What is read ahead while a response is under way. Reading on is how a client that leaves is noticed."""
@@ -44,6 +45,7 @@ class HttpConnection(ClientConnection):
         "_head_started",
         "_reader",
         "_tunnel",
+        "_untraced_handshake",
         "client_ip_bytes",
         "peer_is_trusted",
     )
@@ -56,6 +58,8 @@ class HttpConnection(ClientConnection):
         self._advancing = False
         self._head_started = False
         self._closing_input = False
+        self._untraced_handshake: HandshakeSummary | None = None
+        """What the first request on the connection had to wait for, if requests are traced."""
         self.client_ip_bytes = b""
         self.peer_is_trusted = False
         """The peer is a proxy whose word on where requests come from is believed."""
@@ -68,8 +72,10 @@ class HttpConnection(ClientConnection):
 
     # What ClientConnection calls.
 
-    def established(self, handshake: HandshakeSummary | None) -> None:  # noqa: ARG002
+    def established(self, handshake: HandshakeSummary | None) -> None:
         """Wait for a request."""
+        if self.runtime.tracing is not None:
+            self._untraced_handshake = handshake
         self.client_ip_bytes = self.client_ip.encode("ascii")
         self.peer_is_trusted = self.runtime.is_trusted(self.client_ip)
         self.deadline = monotonic() + self.runtime.config.timeouts.header_s
@@ -168,7 +174,7 @@ class HttpConnection(ClientConnection):
         assert exchange is not None
         self._exchange = None
         self.resume(PauseReason.UPSTREAM)
-        self._record(exchange.request, exchange.upstream.name, exchange.status, exchange.started_s)
+        self._record_exchange(exchange)
         self._next(keep_alive=keep_alive)
 
     def protocol_switched(self, connection: UpstreamConnection, data: bytes) -> None:
@@ -176,7 +182,7 @@ class HttpConnection(ClientConnection):
         exchange = self._exchange
         assert exchange is not None
         self._exchange = None
-        self._record(exchange.request, exchange.upstream.name, 101, exchange.started_s)
+        self._record_exchange(exchange)
         tunnel = self._tunnel = Tunnel(self, exchange.upstream)
         if ahead := self._reader.take_buffered():
             tunnel.client_data(ahead)
@@ -195,10 +201,10 @@ class HttpConnection(ClientConnection):
         self._exchange = None
         self.resume(PauseReason.UPSTREAM)
         if exchange.status:
-            self._record(exchange.request, exchange.upstream.name, exchange.status, exchange.started_s)
+            self._record_exchange(exchange)
             self.abort()
             return
-        self._reply(exchange.request, error.status, exchange.started_s, keep_alive=keep_alive, route=exchange.route)
+        self._reply_for(exchange, error.status, keep_alive=keep_alive)
         self._next(keep_alive=keep_alive)
 
     # Inside.
@@ -272,30 +278,43 @@ class HttpConnection(ClientConnection):
         """Start an exchange, or answer what needs no upstream."""
         runtime = self.runtime
         route = runtime.router.find(request.host_name, request.path)
+        trace = None if runtime.tracing is None else self._begin_trace(runtime.tracing, request, route)
         if route is None or route.config.upstream is None:
             keep_alive = request.keep_alive and not request.has_body and not runtime.draining
             if route is None:
-                self._reply(request, 404, monotonic(), keep_alive=keep_alive)
+                self._reply(request, 404, monotonic(), keep_alive=keep_alive, trace=trace)
             else:
-                self._redirect(request, route, keep_alive=keep_alive)
+                self._redirect(request, route, trace, keep_alive=keep_alive)
             if not keep_alive:
                 self.finish()
             return
         if route.config.body_bytes:
             self._reader.limit_body(route.config.body_bytes)
-        self._exchange = Exchange(self, request, route, runtime.upstreams[route.config.upstream])
+        self._exchange = Exchange(self, request, route, runtime.upstreams[route.config.upstream], trace)
         self._exchange.start()
 
-    def _redirect(self, request: RequestHead, route: Route, *, keep_alive: bool) -> None:
+    def _begin_trace(self, tracing: Tracing, request: RequestHead, route: Route | None) -> RequestTrace:
+        """Begin the request's trace."""
+        handshake, self._untraced_handshake = self._untraced_handshake, None
+        return tracing.begin(
+            request,
+            route,
+            scheme=self.runtime.proto.decode("ascii"),
+            client_ip=self.client_address(request),
+            trusted=self.peer_is_trusted,
+            handshake=handshake,
+        )
+
+    def _redirect(self, request: RequestHead, route: Route, trace: RequestTrace | None, *, keep_alive: bool) -> None:
         redirect = route.config.redirect
         assert redirect is not None
         location = redirect_location(redirect, request)
         if location is None:
-            self._reply(request, 400, monotonic(), keep_alive=keep_alive, route=route)
+            self._reply(request, 400, monotonic(), keep_alive=keep_alive, route=route, trace=trace)
             return
         fields = route.response_rules.appended
         self.send(redirect_reply(redirect.status, location, keep_alive=keep_alive, fields=fields))
-        self._record(request, "", redirect.status, monotonic())
+        self._record(request, "", redirect.status, monotonic(), trace)
 
     def _next(self, *, keep_alive: bool) -> None:
         """Go on with the next request, or close."""
@@ -331,10 +350,21 @@ class HttpConnection(ClientConnection):
             self.abort()
             return
         if exchange is not None:
-            self._reply(exchange.request, error.status, exchange.started_s, keep_alive=False, route=exchange.route)
+            self._reply_for(exchange, error.status, keep_alive=False)
         else:
             self._reply(None, error.status, monotonic(), keep_alive=False)
         self.finish()
+
+    def _reply_for(self, exchange: Exchange, status: int, *, keep_alive: bool) -> None:
+        """Answer in the upstream's place."""
+        self._reply(
+            exchange.request,
+            status,
+            exchange.started_s,
+            keep_alive=keep_alive,
+            route=exchange.route,
+            trace=exchange.trace,
+        )
 
     def _reply(
         self,
@@ -344,13 +374,19 @@ class HttpConnection(ClientConnection):
         *,
         keep_alive: bool,
         route: Route | None = None,
+        trace: RequestTrace | None = None,
     ) -> None:
         head_only = request is not None and request.method == b"HEAD"
         fields = b"" if route is None else route.response_rules.always
         self.send(own_reply(status, keep_alive=keep_alive, head_only=head_only, fields=fields))
-        self._record(request, "", status, started_s)
+        self._record(request, "", status, started_s, trace)
 
-    def _record(self, request: RequestHead | None, upstream: str, status: int, started_s: float) -> None:
+    def _record_exchange(self, exchange: Exchange) -> None:
+        self._record(exchange.request, exchange.upstream.name, exchange.status, exchange.started_s, exchange.trace)
+
+    def _record(
+        self, request: RequestHead | None, upstream: str, status: int, started_s: float, trace: RequestTrace | None
+    ) -> None:
         duration_s = monotonic() - started_s
         method = request.method if request is not None else b""
         self.runtime.metrics.count_request(upstream, method, status, duration_s)
@@ -364,5 +400,8 @@ class HttpConnection(ClientConnection):
                     "status": status,
                     "upstream": upstream or None,
                     "duration_s": round(duration_s, 6),
+                    "trace_id": None if trace is None else trace.recorded_id,
                 }
             )
+        if trace is not None:
+            trace.ended(status)

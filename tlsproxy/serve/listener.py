@@ -7,6 +7,7 @@ import ipaddress
 import os
 from collections.abc import Mapping, Sequence
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from hsm.pool import SignerPool
 from hsm.pool_request import SigningKey
@@ -18,6 +19,9 @@ from tlsproxy.serve.http_connection import HttpConnection
 from tlsproxy.serve.tunnel import TunnelConnection
 from tlsproxy.serve.upstream import Upstream
 from tlsproxy.tls.context import TlsContext
+
+if TYPE_CHECKING:
+    from tlsproxy.serve.tracing import Tracing
 
 SWEEP_S = 1.0
 """How often deadlines are looked at, and so how late they may take effect."""
@@ -39,6 +43,7 @@ class ListenerRuntime:
         pool: SignerPool,
         upstreams: Mapping[str, Upstream],
         metrics: ListenerMetrics,
+        tracing: Tracing | None = None,
     ) -> None:
         self.config = config
         self.name = str(config.address)
@@ -47,6 +52,7 @@ class ListenerRuntime:
         self.pool = pool
         self.upstreams = upstreams
         self.metrics = metrics
+        self.tracing = tracing
         self.proto = b"http" if tls is None else b"https"
         self.router = Router(config.routes)
         self.draining = False

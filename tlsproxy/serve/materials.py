@@ -5,6 +5,7 @@ Everything found wrong here is a Problem at the place in the configuration that 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from tlsproxy.tls.certificates import Certificate, CertificateError, load_chain
 from tlsproxy.tls.context import TlsContext
 
 MAX_CHAIN_BYTES = 1 << 20
+_TRACING_PACKAGES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +49,12 @@ def file_versions(config: Config) -> list[tuple[int, ...] | None]:
 
 
 def load_materials(config: Config) -> dict[str, Material]:
-    """Read every certificate chain; return them by name. Raises ConfigError with all problems."""
+    """Read every certificate chain; return them by name. Raises ConfigError with all problems.
+
+    Packages that only some configurations need are looked for, too.
+    """
     materials = {}
-    problems = []
+    problems = list(_tracing_problems(config))
     for certificate_config in config.certificates:
         found = _load(certificate_config)
         if isinstance(found, Problem):
@@ -78,6 +83,22 @@ def _load(config: CertificateConfig) -> Material | Problem:
     except CertificateError as error:
         return problem(error.message)
     return Material(config, certificate, pem)
+
+
+def _tracing_problems(config: Config) -> Iterable[Problem]:
+    """What tracing needs is not needed otherwise, and so may not be installed."""
+    tracing = config.tracing
+    if tracing is not None and not all(map(_is_installed, _TRACING_PACKAGES)):
+        message = "expected tlsproxy's extra `otel` (pip install tlsproxy[otel]); got an installation without it"
+        yield tracing.origin.problem("endpoint", message)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        # The package that it would be in isn't there either.
+        return False
 
 
 def check_tokens(config: Config, materials: Mapping[str, Material]) -> None:

@@ -15,6 +15,8 @@ import socket
 import sys
 from collections.abc import Sequence
 from time import monotonic
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import uvloop
 
@@ -45,10 +47,14 @@ from tlsproxy.serve.upstream import Upstream
 from tlsproxy.tls.certificates import Certificate, load_chain
 from tlsproxy.tls.context import TlsContext, TlsProfile
 
+if TYPE_CHECKING:
+    from tlsproxy.serve.span_export import SpanExport
+
 _ORPHAN_DRAIN_S = 5.0
 """How long connections may take to finish once the supervisor is gone: nobody else will end this process."""
 _DRAIN_POLL_S = 0.05
 _LAG_INTERVAL_S = 0.25
+_SPANS_DRAIN_S = 2.0
 _TOKENS_TIMEOUT_S = 3.0
 """Even while a certificate's tokens are all away, resumed sessions and other certificates work."""
 _UPSTREAM_SWEEP_S = 1.0
@@ -71,6 +77,15 @@ class Worker:
             max_pending=config.hsm.max_pending,
             metrics=self._store,
         )
+        self._span_export: SpanExport | None = None
+        tracing = None
+        if config.tracing is not None:
+            # Its packages are optional, and large.
+            from tlsproxy.serve.span_export import SpanExport
+            from tlsproxy.serve.tracing import Tracing
+
+            self._span_export = SpanExport(config.tracing, self._store)
+            tracing = Tracing(self._span_export.provider, config.tracing.sample)
         self._upstreams = {
             upstream.name: Upstream(upstream, UpstreamMetrics(self._store, upstream.name))
             for upstream in config.upstreams
@@ -100,6 +115,7 @@ class Worker:
                     pool=self.pool,
                     upstreams=self._upstreams,
                     metrics=ListenerMetrics(self._store, str(listener.address)),
+                    tracing=tracing,
                 )
             )
         self._lag = self._store.histogram(metrics.EVENT_LOOP_LAG)
@@ -167,6 +183,8 @@ class Worker:
         for upstream in self._upstreams.values():
             upstream.close()
         await self.pool.close()
+        if self._span_export is not None:
+            await self._span_export.close(_SPANS_DRAIN_S)
 
     def take_slow_handshakes(self) -> list[SlowHandshake]:
         """Return the slowest handshakes that no earlier call has returned."""
@@ -269,8 +287,10 @@ def _receive_spec(control: socket.socket) -> tuple[ProxyWorkerSpec, bytearray]:
 
 
 def _has_names(config: Config) -> bool:
-    """Tell whether a server is given by name, and so is to be looked up."""
-    addresses = (server.address for upstream in config.upstreams for server in upstream.servers)
+    """Tell whether a server or the collector of spans is given by name, and so is to be looked up."""
+    addresses = [server.address for upstream in config.upstreams for server in upstream.servers]
+    if config.tracing is not None:
+        addresses.append(Address(urlsplit(config.tracing.endpoint).hostname or "", 0))
     return any(isinstance(address, Address) and not address.is_ip for address in addresses)
 
 

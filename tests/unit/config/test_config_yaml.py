@@ -330,3 +330,37 @@ def test_keys_in_aws_kms() -> None:
 )
 def test_a_mistake_about_aws_kms_is_told(fields: str, message: str) -> None:
     assert message in problems(AWS_KMS.replace("region: eu-central-1", fields))[0]
+
+
+def test_tracing_has_defaults_and_a_path_where_none_is_given() -> None:
+    assert parse(MINIMAL).tracing is None
+    tracing = parse(MINIMAL + "tracing: {endpoint: 'http://[::1]:4318'}").tracing
+    assert tracing is not None
+    assert (tracing.endpoint, tracing.sample, tracing.service_name) == ("http://[::1]:4318/v1/traces", 0.1, "tlsproxy")
+    given = parse(MINIMAL + "tracing: {endpoint: https://otel.example.com/t, sample: 1, service_name: edge}").tracing
+    assert given is not None
+    assert (given.endpoint, given.sample, given.service_name) == ("https://otel.example.com/t", 1.0, "edge")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{}", "tracing: expected the key 'endpoint'; got none"),
+        (
+            "{endpoint: 'http://user:pass@host:4318'}",
+            "tracing.endpoint: expected a URL such as http://127.0.0.1:4318/v1/traces, without user and password; got "
+            "other text",
+        ),
+        (
+            "{endpoint: 'http://h', sample: 1.1}",
+            "tracing.sample: expected a number from 0 to 1, such as 0.1; got '1.1'",
+        ),
+        (
+            "{endpoint: 'http://h', sample: 10%}",
+            "tracing.sample: expected a number from 0 to 1, such as 0.1; got '10%'",
+        ),
+    ],
+)
+def test_what_is_wrong_about_tracing(section: str, message: str) -> None:
+    (problem,) = problems(MINIMAL + f"tracing: {section}")
+    assert problem.partition(": ")[2] == message
