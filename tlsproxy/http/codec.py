@@ -1,9 +1,9 @@
 """Requests and responses as they come from the wire, one message at a time.
 
-A head must keep the rules of `syntax`, which say what is wrong with it, and then be read by a parser in wide use: h11
-for requests, llhttp for responses. What the two do not read alike goes nowhere. Bodies are framed by `body`. A reader
-is fed bytes as they come; its owner asks for the head, then for the body until `at_end`, then for the next head.
-Nothing is decoded before it is asked for, so a pipelined request waits its turn.
+Heads are read by parsers in wide use: h11 for requests, llhttp for responses. Before them stands `syntax.check_head`,
+for both forgive what must not pass; after them the rules here, over the fields that they have read. Bodies are framed
+by `body`. A reader is fed bytes as they come; its owner asks for the head, then for the body until `at_end`, then for
+the next head. Nothing is decoded before it is asked for, so a pipelined request waits its turn.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ MAX_RESPONSE_HEAD_BYTES = 64 * 1024
 _EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 _REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9]\.[0-9])\r\n")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([^\r]*))?\r\n")
+_LENGTHS = re.compile(rb"\ncontent-length:([^\r]*)", re.IGNORECASE)
+_REQUEST_FIELDS = frozenset((b"host", b"connection", b"content-length", b"transfer-encoding", b"upgrade", b"te"))
+_RESPONSE_FIELDS = frozenset((b"connection", b"content-length", b"transfer-encoding", b"upgrade"))
+"""What fields mean something here; most do not."""
 _PROTOCOL = re.compile(TOKEN + rb"(?:/" + TOKEN + rb")?")
 _REFUSED_METHODS = frozenset((b"CONNECT", b"TRACE"))
 _REFUSED_PROTOCOLS = frozenset((b"h2", b"h2c", b"http", b"tls"))
@@ -114,9 +118,7 @@ class _Reader:
         if 4 <= end <= limit_bytes:
             self._buffer = buffer[end:]
             self._searched = 0
-            head = buffer[:end]
-            check_head(head)
-            return head
+            return buffer[:end]
         if end >= 4 or len(buffer) > limit_bytes:
             raise MessageError("header_too_large")
         check_partial_head(buffer)
@@ -207,14 +209,48 @@ class RequestReader(_Reader):
 
 
 def _parse_request(head: bytes) -> RequestHead:
+    """Read a head by h11. Raises MessageError.
+
+    A connection of h11's is made for each: it costs less than what h11 wants to be told before it takes another.
+    """
+    lines = check_head(head)
+    connection = h11.Connection(h11.SERVER)
+    connection.receive_data(head)
+    try:
+        event = connection.next_event()
+    except h11.RemoteProtocolError:
+        raise _broken_rule(head) from None
+    if type(event) is not h11.Request:
+        raise MessageError("bad_head")
+    fields = [(name.lower(), name, value) for name, value in event.headers.raw_items()]
+    request = _understand_request(event.method, event.target, event.http_version, fields)
+    if request.content_length is not None:
+        # h11 makes one of several that are equal, be they members or fields.
+        lengths = _LENGTHS.findall(head)
+        if len(lengths) != 1 or b"," in lengths[0]:
+            raise MessageError("ambiguous_length")
+    if len(fields) != lines - 2:
+        raise MessageError("bad_head")
+    return request
+
+
+def _broken_rule(head: bytes) -> MessageError:
+    """Return what is wrong with a head that h11 refuses: its own words are no metric labels."""
     line = _REQUEST_LINE.match(head)
     if line is None:
-        raise MessageError("bad_request_line")
-    method, target, version = line.groups()
+        return MessageError("bad_request_line")
+    try:
+        _understand_request(line[1], line[2], line[3], fields_of(head, line.end()))
+    except MessageError as error:
+        return error
+    return MessageError("bad_head")
+
+
+def _understand_request(method: bytes, target: bytes, version: bytes, fields: list[Field]) -> RequestHead:
+    """Return what a head says. Raises MessageError where it could be read in two ways."""
     http_1_0 = version == b"1.0"
     if not http_1_0 and version != b"1.1":
         raise MessageError("bad_version")
-    fields = fields_of(head, line.end())
     options: list[bytes] = []
     host: bytes | None = None
     content_length: int | None = None
@@ -222,6 +258,8 @@ def _parse_request(head: bytes) -> RequestHead:
     upgrade = b""
     takes_trailers = False
     for lower, _, value in fields:
+        if lower not in _REQUEST_FIELDS:
+            continue
         if lower == b"host":
             if host is not None:
                 raise MessageError("bad_host")
@@ -243,7 +281,6 @@ def _parse_request(head: bytes) -> RequestHead:
     if host is None and not http_1_0:
         raise MessageError("bad_host")
     target = origin_form(method, target, host or b"")
-    _confirm_by_h11(head, method, len(fields))
     if upgrade and (http_1_0 or chunked or content_length or b"upgrade" not in options or not _may_ask_for(upgrade)):
         upgrade = b""
     return RequestHead(
@@ -261,18 +298,6 @@ def _parse_request(head: bytes) -> RequestHead:
         upgrade,
         takes_trailers,
     )
-
-
-def _confirm_by_h11(head: bytes, method: bytes, fields: int) -> None:
-    """Raises MessageError unless h11 reads the head as this request too."""
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=len(head))
-    connection.receive_data(head)
-    try:
-        event = connection.next_event()
-    except h11.RemoteProtocolError:
-        raise MessageError("bad_head") from None
-    if type(event) is not h11.Request or event.method != method or len(event.headers) != fields:
-        raise MessageError("bad_head")
 
 
 def _may_ask_for(protocol: bytes) -> bool:
@@ -345,18 +370,52 @@ class ResponseReader(_Reader):
         self.at_end = True
 
 
+class _Fields:
+    """The fields that llhttp calls back for."""
+
+    __slots__ = ("fields",)
+
+    def __init__(self) -> None:
+        self.fields: list[Field] = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a field; what llhttp leaves of the space around a value goes."""
+        self.fields.append((name.lower(), name, value.strip(b" \t")))
+
+
 def _parse_response(head: bytes, method: bytes) -> tuple[ResponseHead, Body | None]:
-    status_line = _STATUS_LINE.match(head)
-    if status_line is None:
+    """Read the head of a response to a `method` request by llhttp. Raises MessageError."""
+    lines = check_head(head)
+    line = _STATUS_LINE.match(head)
+    if line is None:
         raise MessageError("bad_status_line")
-    status = int(status_line[2])
-    http_1_0 = status_line[1] == b"0"
-    fields = fields_of(head, status_line.end())
+    http_1_0, status, reason = line[1] == b"0", int(line[2]), line[3] or b""
+    read = _Fields()
+    parser = httptools.HttpResponseParser(read)
+    try:
+        parser.feed_data(head)
+    except httptools.HttpParserUpgrade:
+        pass  # how httptools says that the head of a 101 has ended
+    except httptools.HttpParserError:
+        # Its own words are no metric labels.
+        _understand_response(method, status, reason, http_1_0, fields_of(head, line.end()))
+        raise MessageError("bad_head") from None
+    if parser.get_status_code() != status or len(read.fields) != lines - 2:
+        raise MessageError("bad_head")
+    return _understand_response(method, status, reason, http_1_0, read.fields)
+
+
+def _understand_response(
+    method: bytes, status: int, reason: bytes, http_1_0: bool, fields: list[Field]
+) -> tuple[ResponseHead, Body | None]:
+    """Return what a head says, and the body that follows. Raises MessageError where it could be read in two ways."""
     options: list[bytes] = []
     content_length: int | None = None
     chunked = False
     upgrade = b""
     for lower, _, value in fields:
+        if lower not in _RESPONSE_FIELDS:
+            continue
         if lower == b"connection":
             options += list_members(value)
         elif lower == b"content-length":
@@ -374,7 +433,6 @@ def _parse_response(head: bytes, method: bytes) -> tuple[ResponseHead, Body | No
         raise MessageError("body_not_allowed")
     if status == 101 and (b"upgrade" not in options or not upgrade):
         raise MessageError("bad_upgrade")
-    _confirm_by_llhttp(head, status, len(fields))
     body: Body | None = None
     if status >= 200 and method != b"HEAD" and status not in (204, 304):
         if chunked:
@@ -389,7 +447,7 @@ def _parse_response(head: bytes, method: bytes) -> tuple[ResponseHead, Body | No
     return (
         ResponseHead(
             status,
-            status_line[3] or b"",
+            reason,
             fields,
             options,
             content_length,
@@ -399,29 +457,3 @@ def _parse_response(head: bytes, method: bytes) -> tuple[ResponseHead, Body | No
         ),
         body,
     )
-
-
-class _Headers:
-    """Counts what llhttp calls back for."""
-
-    __slots__ = ("count",)
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def on_header(self, name: bytes, value: bytes) -> None:  # noqa: ARG002 - httptools' signature
-        self.count += 1
-
-
-def _confirm_by_llhttp(head: bytes, status: int, fields: int) -> None:
-    """Raises MessageError unless llhttp reads the head as this response too."""
-    headers = _Headers()
-    parser = httptools.HttpResponseParser(headers)
-    try:
-        parser.feed_data(head)
-    except httptools.HttpParserUpgrade:
-        pass  # how httptools says that the head of a 101 has ended
-    except httptools.HttpParserError:
-        raise MessageError("bad_head") from None
-    if parser.get_status_code() != status or headers.count != fields:
-        raise MessageError("bad_head")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import h11
 import pytest
 
 from tlsproxy.errors import HttpError
@@ -143,6 +144,9 @@ BAD_HEADS = [
     ("ambiguous_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3, 3\r\n\r\n"),
     ("ambiguous_length", b"POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"),
     ("ambiguous_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n"),
+    ("ambiguous_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3,3\r\n\r\n"),
+    ("ambiguous_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3,\r\n\r\n"),
+    ("ambiguous_length", b"GET / HTTP/1.1\r\ncontent-length:0\r\nHost: a\r\nCONTENT-LENGTH:\t0\r\n\r\n"),
     ("bad_content_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: +3\r\n\r\n"),
     ("bad_content_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0x3\r\n\r\n"),
     ("bad_content_length", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -3\r\n\r\n"),
@@ -173,6 +177,19 @@ def test_heads_too_large_are_told_apart() -> None:
     assert refused(b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 5000 + b"\r\n\r\n") == (431, "header_too_large")
     assert refused(b"GET / HTTP/1.1\r\nHost: a\r\n" + b"a:b\r\n" * 100 + b"\r\n") == (431, "too_many_fields")
     read(b"GET / HTTP/1.1\r\nHost: a\r\n" + b"a:b\r\n" * 99 + b"\r\n")
+
+
+def test_a_head_may_be_as_large_as_its_limit() -> None:
+    head = b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 65000 + b"\r\n\r\n"
+    assert read(head, len(head))[0].fields[1][2] == b"a" * 65000
+    assert refused(head, len(head) - 1) == (431, "header_too_large")
+
+
+def test_what_takes_h11_long_does_not_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its expression for a field tries every way to share out the spaces: 8 s for these.
+    monkeypatch.delattr(h11.Connection, "receive_data")
+    head = b"GET / HTTP/1.1\r\nHost: a\r\nX:" + b" " * 65000 + b"\v\r\n\r\n"
+    assert refused(head, len(head)) == (400, "control_character")
 
 
 @pytest.mark.parametrize("method", [b"CONNECT", b"TRACE"])

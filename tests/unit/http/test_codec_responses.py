@@ -87,49 +87,49 @@ def test_which_connections_carry_another_request(version: bytes, connection: byt
 
 
 BAD_HEADS = [
-    b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",
-    b"HTTP/1.1 200 OK\r\nX: a\r\n b\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nX: a\0b\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nX : a\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\n: a\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nX\r\n\r\n",
-    b"HTTP/2.0 200 OK\r\n\r\n",
-    b"HTTP/1.1 2000 OK\r\n\r\n",
-    b"HTTP/1.1 20 OK\r\n\r\n",
-    b"HTTP/1.1  200 OK\r\n\r\n",
-    b"HTTP/1.1 2OO OK\r\n\r\n",
-    b"HTTP/1.1 099 OK\r\n\r\n",
-    b"ICY 200 OK\r\n\r\n",
-    b"hello\r\n\r\n",
-    b"HTTP/1.1 600 X\r\n\r\n",
-    b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\n\r\n",
-    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n",
-    b"HTTP/1.1 100 Continue\r\nTransfer-Encoding: chunked\r\n\r\n",
-    b"HTTP/1.1 103 Early Hints\r\nContent-Length: 3\r\n\r\n",
-    b"HTTP/1.1 204 No Content\r\nContent-Length: 3\r\n\r\n",
-    b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 1, 1\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nContent-Length: \r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 1 1\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n",
-    b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70000,
-    b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 101 + b"\r\n",
-    b"\r\n\r\n",
+    ("bare_cr_or_lf", b"HTTP/1.1 200 OK\nContent-Length: 0\n\n"),
+    ("folded_line", b"HTTP/1.1 200 OK\r\nX: a\r\n b\r\n\r\n"),
+    ("control_character", b"HTTP/1.1 200 OK\r\nX: a\0b\r\n\r\n"),
+    ("bad_field", b"HTTP/1.1 200 OK\r\nX : a\r\n\r\n"),
+    ("bad_field", b"HTTP/1.1 200 OK\r\n: a\r\n\r\n"),
+    ("bad_field", b"HTTP/1.1 200 OK\r\nX\r\n\r\n"),
+    ("bad_status_line", b"HTTP/2.0 200 OK\r\n\r\n"),
+    ("bad_status_line", b"HTTP/1.1 2000 OK\r\n\r\n"),
+    ("bad_status_line", b"HTTP/1.1 20 OK\r\n\r\n"),
+    ("bad_status_line", b"HTTP/1.1  200 OK\r\n\r\n"),
+    ("bad_status_line", b"HTTP/1.1 2OO OK\r\n\r\n"),
+    ("bad_status_line", b"HTTP/1.1 099 OK\r\n\r\n"),
+    ("bad_status_line", b"ICY 200 OK\r\n\r\n"),
+    ("bad_status_line", b"hello\r\n\r\n"),
+    ("bad_status_line", b"HTTP/1.1 600 X\r\n\r\n"),
+    ("bad_upgrade", b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\n\r\n"),
+    ("bad_upgrade", b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n"),
+    ("body_not_allowed", b"HTTP/1.1 100 Continue\r\nTransfer-Encoding: chunked\r\n\r\n"),
+    ("body_not_allowed", b"HTTP/1.1 103 Early Hints\r\nContent-Length: 3\r\n\r\n"),
+    ("body_not_allowed", b"HTTP/1.1 204 No Content\r\nContent-Length: 3\r\n\r\n"),
+    ("body_not_allowed", b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n"),
+    ("ambiguous_length", b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n"),
+    ("ambiguous_length", b"HTTP/1.1 200 OK\r\nContent-Length: 1, 1\r\n\r\n"),
+    ("bad_content_length", b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"),
+    ("bad_content_length", b"HTTP/1.1 200 OK\r\nContent-Length: \r\n\r\n"),
+    ("bad_content_length", b"HTTP/1.1 200 OK\r\nContent-Length: 1 1\r\n\r\n"),
+    ("ambiguous_length", b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"),
+    ("bad_transfer_encoding", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"),
+    ("bad_transfer_encoding", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n"),
+    ("bad_transfer_encoding", b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"),
+    ("header_too_large", b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70000),
+    ("too_many_fields", b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 101 + b"\r\n"),
+    ("bad_status_line", b"\r\n\r\n"),
 ]
 
 
-@pytest.mark.parametrize("head", BAD_HEADS)
-def test_a_head_that_breaks_a_rule_is_refused(head: bytes) -> None:
+@pytest.mark.parametrize(("rule", "head"), BAD_HEADS)
+def test_a_head_that_breaks_a_rule_is_refused(rule: str, head: bytes) -> None:
     reader = ResponseReader()
     reader.receive(head)
     with pytest.raises(UpstreamError) as caught:
         reader.read_head(b"GET")
-    assert caught.value.status == 502
+    assert (caught.value.status, caught.value.reason) == (502, rule)
 
 
 def test_a_second_response_on_one_connection() -> None:

@@ -6,8 +6,9 @@ Requests come from the corpus, and from what the corpus becomes by chance: whate
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h11
 import httptools
@@ -145,17 +146,73 @@ def test_what_the_corpus_becomes_by_chance() -> None:
     assert accepted > 500
 
 
-def test_a_request_that_h11_does_not_read_goes_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+@pytest.mark.parametrize("octet", range(256))
+def test_what_may_stand_in_names_and_values(octet: int) -> None:
+    """RFC 9110 sections 5.1 and 5.5, by both readers."""
+    byte = bytes([octet])
+    in_names = octet < 128 and (chr(octet).isalnum() or byte in b"!#$%&'*+-.^_`|~")
+    in_values = octet not in b"\r\n" and (octet >= 32 or byte == b"\t") and octet != 127
+    for line, allowed in ((b"X" + byte + b"Y: z", in_names), (b"X: y" + byte + b"z", in_values)):
+        allowed = allowed or line == b"X:Y: z"
+        fields = line + b"\r\nContent-Length: 0\r\n\r\n"
+        assert (accept(b"GET / HTTP/1.1\r\nHost: h\r\n" + fields) is not None) == allowed
+        reader = ResponseReader()
+        reader.receive(b"HTTP/1.1 200 OK\r\n" + fields)
+        if allowed:
+            head = reader.read_head(b"GET")
+            assert head is not None
+            name, _, value = line.partition(b":")
+            assert head.fields[0] == (name.lower(), name, value.strip(b" \t"))
+        else:
+            with pytest.raises(UpstreamError):
+                reader.read_head(b"GET")
+
+
+def reading_of_h11(change: Callable[[h11.Request], Any]) -> Callable[[h11.Connection], Any]:
+    """Return a `next_event` that makes something else of what h11 has read."""
+    read = h11.Connection.next_event
+
+    def next_event(connection: h11.Connection) -> Any:
+        request = read(connection)
+        assert isinstance(request, h11.Request)
+        return change(request)
+
+    return next_event
+
+
+def test_what_h11_reads_is_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = h11.Request(method="PUT", target="/other", headers=[("Host", "other"), ("X", "y")])
+    monkeypatch.setattr(h11.Connection, "next_event", reading_of_h11(lambda _: other))
+    accepted = accept(b"GET / HTTP/1.1\r\nHost: h\r\nA: b\r\n\r\n")
+    assert accepted is not None
+    head = accepted[0]
+    assert (head.method, head.target, head.host) == (b"PUT", b"/other", b"other")
+    assert head.fields == [(b"host", b"Host", b"other"), (b"x", b"X", b"y")]
+
+
+@pytest.mark.parametrize("change", [lambda _: h11.NEED_DATA, lambda request: fewer(request)])
+def test_a_request_that_h11_does_not_read_whole_goes_nowhere(
+    change: Callable[[h11.Request], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = b"GET / HTTP/1.1\r\nHost: h\r\nX: y\r\n\r\n"
     assert accept(request) is not None
-    monkeypatch.setattr(h11.Connection, "next_event", lambda _: h11.NEED_DATA)
+    monkeypatch.setattr(h11.Connection, "next_event", reading_of_h11(change))
     assert accept(request) is None
+
+
+def fewer(request: h11.Request) -> h11.Request:
+    """Return a request without its last field."""
+    return h11.Request(method=request.method, target=request.target, headers=request.headers.raw_items()[:-1])
 
 
 def test_a_response_that_llhttp_reads_otherwise_is_a_bad_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
     class Misled(httptools.HttpResponseParser):
         def get_status_code(self) -> int:
             return 204
+
+    class Deaf(httptools.HttpResponseParser):
+        def __init__(self, protocol: object) -> None:
+            super().__init__(object())
 
     def read() -> int:
         reader = ResponseReader()
@@ -165,6 +222,7 @@ def test_a_response_that_llhttp_reads_otherwise_is_a_bad_gateway(monkeypatch: py
         return head.status
 
     assert read() == 200
-    monkeypatch.setattr(httptools, "HttpResponseParser", Misled)
-    with pytest.raises(UpstreamError, match="bad_head"):
-        read()
+    for parser in (Misled, Deaf):
+        monkeypatch.setattr(httptools, "HttpResponseParser", parser)
+        with pytest.raises(UpstreamError, match="bad_head"):
+            read()
