@@ -91,15 +91,17 @@ class WorkerGroup:
         *,
         log_level: LogLevel = "info",
         log_format: LogFormat = "text",
+        open_timeout_s: float = 20.0,
         hang_timeout_s: float = 10.0,
         run_as: tuple[int, ...] = (),
         client: tuple[int, ...] = (),
     ) -> None:
         """Make the sockets, in `directory` (made with mode 0700 if it is not there). Workers log to stderr.
 
-        A worker that is ready and then gives no sign of life for `hang_timeout_s` is killed and replaced. Started by
-        root, workers become the user `run_as`, and take requests from the user `client`, who can enter the directory:
-        both are uid, gid and supplementary gids, or empty for the user this process runs as.
+        A worker that is stuck for `open_timeout_s` in one step of opening the token is killed and replaced, and so
+        is one that is ready and then gives no sign of life for `hang_timeout_s`. Started by root, workers become the
+        user `run_as`, and take requests from the user `client`, who can enter the directory: both are uid, gid and
+        supplementary gids, or empty for the user this process runs as.
 
         Raises TokenConfigError, and OSError when a socket cannot be made.
         """
@@ -122,6 +124,7 @@ class WorkerGroup:
             WorkerProcess(
                 fields | {"listen_fd": listener.fileno(), "metrics_fd": metrics_fd},
                 lambda: self.failure,
+                open_timeout_s,
                 hang_timeout_s,
             )
             for listener, metrics_fd in zip(self._listeners, self.metric_fds, strict=True)

@@ -22,6 +22,7 @@ from typing_extensions import assert_never
 from hsm import logs, serving_inline, serving_threaded
 from hsm.backends.awskms import AwsKmsBackend
 from hsm.backends.base import Backend
+from hsm.backends.opening import step, told_to
 from hsm.backends.pkcs11 import Pkcs11Backend
 from hsm.backends.pkcs11_token import TokenSelector
 from hsm.backends.soft import SoftBackend
@@ -74,7 +75,8 @@ def _run(spec: WorkerSpec, spec_fd: int) -> None:
         store = MetricStore(spec.metrics_fd)
     except ValueError as error:
         raise WorkerSpecError(f"metrics_fd: {error}") from None
-    backend, serve = _open_backend(spec, store)
+    with told_to(lambda name: _report(spec, {"state": "opening", "step": name})):
+        backend, serve = _open_backend(spec, store)
     stop_fds = (spec_fd, _stop_on_sigterm())
     _log.info("ready, %d keys: %s", len(backend.keys), ", ".join(key.label for key in backend.keys))
     _report(spec, {"state": "ready", "pid": os.getpid(), "keys": keys_to_json(backend.keys)})
@@ -117,6 +119,7 @@ def _open_pkcs11(spec: WorkerSpec, store: MetricStore) -> Pkcs11Backend:
 
 @contextlib.contextmanager
 def _pin(spec: WorkerSpec) -> Iterator[bytearray]:
+    step("reading the PIN")
     pin = read_pin(spec.pin_file, spec.pin_env)
     try:
         yield pin

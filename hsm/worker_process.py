@@ -25,6 +25,7 @@ _MAX_DELAY_S = 5.0
 _HEALTHY_S = 10.0
 """A worker that was ready for this long is started again without growing delay."""
 _MAX_STATUS_BYTES = 2 << 20
+_MAX_STEP_CHARACTERS = 64
 
 _log = logging.getLogger(__name__)
 
@@ -33,26 +34,33 @@ class WorkerProcess:
     """A place for one worker: at most one process at a time, a new one whenever one ends, until stopped.
 
     A worker that says its failure is permanent (the PIN was refused, the token's file is damaged) is not started again,
-    nor is any other of the token: tried often enough, a wrong PIN locks a real token. One that was ready and gives no
-    sign of life is killed.
+    nor is any other of the token: tried often enough, a wrong PIN locks a real token. One that is stuck in one step of
+    opening the token is killed, and one that was ready and gives no sign of life.
     """
 
     def __init__(
-        self, spec_fields: Mapping[str, Any], token_failure: Callable[[], str | None], hang_timeout_s: float
+        self,
+        spec_fields: Mapping[str, Any],
+        token_failure: Callable[[], str | None],
+        open_timeout_s: float,
+        hang_timeout_s: float,
     ) -> None:
         """`spec_fields` are those of a WorkerSpec, less `status_fd`, which each process gets anew.
 
-        `token_failure` tells of a permanent failure of any of the token's workers.
+        `token_failure` tells of a permanent failure of any of the token's workers. `open_timeout_s` is for one step of
+        opening the token, `hang_timeout_s` for a sign of life from then on.
         """
         self._spec_fields = spec_fields
         self._token_failure = token_failure
+        self._open_timeout_s = open_timeout_s
         self._hang_timeout_s = hang_timeout_s
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._is_ready = False
-        self.last_error = "it has not opened the token yet"
-        """Why it is not ready, while it is not."""
+        self._step = "starting"
+        """What the process that runs now does to open the token."""
+        self._last_error: str | None = None
         self._has_reported_error = False
         self._stopping = asyncio.Event()
         self.keys: tuple[KeyInfo, ...] = ()
@@ -66,6 +74,11 @@ class WorkerProcess:
     def pid(self) -> int | None:
         """Of the process that runs now."""
         return self._process.pid if self._process is not None else None
+
+    @property
+    def last_error(self) -> str:
+        """Why it is not ready, while it is not."""
+        return self._last_error or f"it has not opened the token yet ({self._step})"
 
     def start(self) -> None:
         """Start the process and keep one running."""
@@ -137,6 +150,7 @@ class WorkerProcess:
     async def _run_once(self) -> None:
         """Start one process and see it through to its end."""
         self._has_reported_error = False
+        self._step = "starting"
         parent_end, child_end = socket.socketpair()
         status_reader, status_writer = os.pipe()
         with parent_end, io.FileIO(status_reader) as statuses:
@@ -144,8 +158,8 @@ class WorkerProcess:
                 spec = WorkerSpec(**self._spec_fields, status_fd=status_writer)
                 self._process = await self._spawn(spec, child_end.fileno())
             except OSError as error:
-                self.last_error = f"it cannot be started: {error.strerror}"
-                _log.error("token %s: worker: %s", spec.token, self.last_error)
+                self._last_error = f"it cannot be started: {error.strerror}"
+                _log.error("token %s: worker: %s", spec.token, self._last_error)
                 return
             finally:
                 child_end.close()
@@ -182,10 +196,15 @@ class WorkerProcess:
             lambda: asyncio.StreamReaderProtocol(reader), statuses
         )
         try:
-            while line := await asyncio.wait_for(reader.readline(), self._hang_timeout_s if self._is_ready else None):
+            while line := await asyncio.wait_for(
+                reader.readline(), self._hang_timeout_s if self._is_ready else self._open_timeout_s
+            ):
                 self._take_status(json.loads(line))
         except asyncio.TimeoutError:
-            self._take_error(f"it gave no sign of life for {self._hang_timeout_s:g} s")
+            if self._is_ready:
+                self._take_error(f"it gave no sign of life for {self._hang_timeout_s:g} s")
+            else:
+                self._take_error(f"it hangs while opening the token: {self._step} for {self._open_timeout_s:g} s")
             self._kill()
         except (ValueError, KeyError, TypeError, RecursionError):
             self._take_error("it reported something other than its status")
@@ -199,25 +218,27 @@ class WorkerProcess:
             self.ready_at_s = asyncio.get_running_loop().time()
             self._is_ready = True
             self._changed.set()
+        elif status["state"] == "opening" and not self._is_ready:
+            self._step = str(status["step"])[:_MAX_STEP_CHARACTERS]
         elif status["state"] == "failed":
             self._take_error(str(status["error"]))
             if status["permanent"]:
-                self.failure = self.last_error
+                self.failure = self._last_error
         elif status["state"] != "alive":
             raise ValueError
 
     def _take_error(self, message: str) -> None:
-        self.last_error = message
+        self._last_error = message
         self._has_reported_error = True
 
     def _report_end(self, token: str, pid: int, code: int) -> None:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if not self._has_reported_error:
-            self.last_error = f"it ended with {how}"
+            self._last_error = f"it ended with {how}"
         if self._stopping.is_set():
             _log.info("token %s: worker %d ended with %s", token, pid, how)
         elif self.failure is not None:
             _log.error("token %s: worker %d failed for good: %s", token, pid, self.failure)
         else:
-            why = f": {self.last_error}" if self._has_reported_error else ""
+            why = f": {self._last_error}" if self._has_reported_error else ""
             _log.warning("token %s: worker %d ended with %s%s; another is started", token, pid, how, why)

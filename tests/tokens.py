@@ -59,7 +59,7 @@ def make_soft_token(directory: Path, keys: Mapping[str, KeyType] | None = None, 
 
 
 class WorkerProcess:
-    """A real `python -m hsm.worker`. Its first status line has been read when the constructor returns."""
+    """A real `python -m hsm.worker`. It is ready or has failed when the constructor returns: `status` says which."""
 
     def __init__(self, directory: Path, inherited_fds: Sequence[int] = (), **fields: Any) -> None:
         """Start it with a WorkerSpec of `fields`; its socket is `directory`/worker.sock."""
@@ -87,7 +87,9 @@ class WorkerProcess:
             )
             self.parent_end.sendall(spec.to_json().encode() + b"\n")
         with os.fdopen(reader) as statuses:
-            self.status: dict[str, Any] = json.loads(statuses.readline())
+            self.status: dict[str, Any] = {"state": "opening"}
+            while self.status["state"] == "opening":
+                self.status = json.loads(statuses.readline())
         self._log = b""
 
     def stop(self) -> tuple[int, str]:

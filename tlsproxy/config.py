@@ -121,6 +121,7 @@ class HsmConfig:
     """The pool of tokens."""
 
     sign_deadline_s: float
+    open_timeout_s: float
     max_pending: int
     tokens: tuple[TokenConfig, ...]
 

@@ -109,6 +109,7 @@ def _config(root: MappingReader, directory: Path) -> Config:
         ),
         hsm=HsmConfig(
             sign_deadline_s=hsm.optional("sign_deadline", lambda value: value.duration(0.01, 60), 2.0),
+            open_timeout_s=hsm.optional("open_timeout", lambda value: value.duration(1, 3600), 20.0),
             max_pending=hsm.optional("max_pending", lambda value: value.integer(1, 1_000_000), 2048),
             tokens=tokens,
         ),

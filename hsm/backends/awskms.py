@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hsm.backends.base import Backend, Signer
+from hsm.backends.opening import step
 from hsm.errors import KeyNotFound, TokenConfigError, TokenError
 from hsm.keys import key_type_of, load_public_key
 from hsm.messages import KeyInfo, SignatureScheme
@@ -79,6 +80,7 @@ class AwsKmsBackend(Backend):
 
     def _key_info(self, number: int, name: str) -> KeyInfo | None:
         """Return what KMS tells of a key, or None, with the reason logged, if it cannot serve TLS."""
+        step("GetPublicKey")
         try:
             answer = self._call("get_public_key", KeyId=name)
             if answer["KeyUsage"] != "SIGN_VERIFY":
@@ -129,6 +131,7 @@ class _Caller:
             # Its own retries know no deadline and may take 20 s.
             retries={"total_max_attempts": 1},
         )
+        step("finding AWS credentials")
         try:
             session = botocore.session.get_session()
             if session.get_credentials() is None:

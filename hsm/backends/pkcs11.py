@@ -20,6 +20,7 @@ from typing_extensions import assert_never
 
 from hsm import metrics
 from hsm.backends.base import Backend, Signer
+from hsm.backends.opening import step
 from hsm.backends.pkcs11_errors import CKR_SESSION_COUNT, CryptokiError, Remedy
 from hsm.backends.pkcs11_keys import TokenKey, find_keys, generate_key
 from hsm.backends.pkcs11_library import Library, close_session, handle_of, mechanisms, open_session
@@ -224,6 +225,7 @@ class Pkcs11Backend(Backend):
         working = {}
         problem = TokenError("SIGNATURE_INVALID", "what the token shows as the public key is another key's")
         for scheme, recipe in recipes.items():
+            step("C_Sign")
             try:
                 signature = self._signers[0].sign_by(recipe, key, _CHECK)
             except TokenError as error:

@@ -29,6 +29,7 @@ from pkcs11._pkcs11 import SearchIter, lib  # type: ignore[attr-defined]
 from pkcs11.attributes import AttributeMapper
 
 from hsm.backends._cryptoki import Module
+from hsm.backends.opening import step
 from hsm.backends.pkcs11_errors import CryptokiError
 
 
@@ -58,6 +59,7 @@ class _Search(SearchIter):  # type: ignore[misc]
 @contextlib.contextmanager
 def calling(function: str) -> Iterator[None]:
     """Raise CryptokiError, which names this function, for what python-pkcs11 raises."""
+    step(function)
     try:
         yield
     except CryptokiError:
@@ -71,6 +73,7 @@ class Library(lib):
 
     def __init__(self, path: str) -> None:
         """Load it for good and initialise it. Raises OSError with the loader's own words."""
+        step("loading the module")
         self._module = Module(path)
         self.sign = self._module.sign
         with calling("C_GetInfo"):
@@ -78,6 +81,7 @@ class Library(lib):
 
     def initialize(self) -> None:
         """See Module.initialize. Called by __init__, too."""
+        step("C_Initialize")
         self._module.initialize()
 
     def finalize(self) -> None:
@@ -86,6 +90,7 @@ class Library(lib):
 
     def log_in(self, session: Session, pin: bytearray) -> None:
         """See Module.login."""
+        step("C_Login")
         self._module.login(handle_of(session), pin)
 
     def slots(self) -> list[Slot]:

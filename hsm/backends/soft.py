@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hsm.backends.base import Backend, Signer
+from hsm.backends.opening import step
 from hsm.keys import PrivateKey, scheme_arguments
 from hsm.messages import KeyInfo, SignatureScheme
 from hsm.vault import Vault
@@ -34,6 +35,7 @@ class SoftBackend(Backend):
 
     def __init__(self, path: str, pin: bytes | bytearray) -> None:
         """Decrypt all keys. Raises PinRefused and TokenFileError."""
+        step("reading the token's file")
         private_keys = Vault.open(path, pin).private_keys()
         self._keys = tuple(info for info, _ in private_keys)
         self._signers: tuple[SoftSigner, ...] = (SoftSigner(private_keys),)

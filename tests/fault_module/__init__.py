@@ -25,7 +25,7 @@ _FIELDS = {
             "error_functions",
             "error_after",
             "error_count",
-            "hang",
+            "hang_functions",
             "losses",
             "close_one_in",
             "close_all_one_in",
@@ -36,6 +36,7 @@ _FIELDS = {
             "open_sessions",
             "open_session_calls",
             "find_calls",
+            "initialize_calls",
         ]
     )
 }
@@ -43,7 +44,7 @@ FOREVER = 0xFFFFFFFF
 
 
 class On(enum.IntFlag):
-    """The functions an error is injected into."""
+    """The functions that answer with an error or do not return."""
 
     SIGN = 1
     SIGN_INIT = 2
@@ -52,6 +53,8 @@ class On(enum.IntFlag):
     FIND = 16
     SLOTS = 32
     ALL = 63
+    """All that concern a token."""
+    INITIALIZE = 64
 
 
 @functools.cache
@@ -89,11 +92,11 @@ class FaultModule:
     def recover(self) -> None:
         """No more errors, and what hangs returns."""
         self._set("error_functions", 0)
-        self._set("hang", 0)
+        self._set("hang_functions", 0)
 
-    def hang(self) -> None:
-        """C_Sign no longer returns."""
-        self._set("hang", 1)
+    def hang(self, on: On = On.SIGN) -> None:
+        """These functions no longer return."""
+        self._set("hang_functions", on)
 
     def lose_sessions(self) -> None:
         """Close all sessions of the application, which ends its login."""

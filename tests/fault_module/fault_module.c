@@ -29,6 +29,7 @@ typedef unsigned long ulong_t;
 /* Where the functions this module replaces stand in CK_FUNCTION_LIST (PKCS#11 v2.40, section 4.2, order of pkcs11f.h).
  */
 enum {
+    INITIALIZE = 0,
     FINALIZE = 1,
     GET_FUNCTION_LIST = 3,
     GET_SLOT_LIST = 4,
@@ -52,8 +53,16 @@ struct function_list {
     void *function[FUNCTION_COUNT];
 };
 
-/* Which functions `error` is for: bits of control.error_functions. */
-enum { ON_SIGN = 1, ON_SIGN_INIT = 2, ON_OPEN_SESSION = 4, ON_LOGIN = 8, ON_FIND = 16, ON_SLOTS = 32 };
+/* Bits of control.error_functions and control.hang_functions. */
+enum {
+    ON_SIGN = 1,
+    ON_SIGN_INIT = 2,
+    ON_OPEN_SESSION = 4,
+    ON_LOGIN = 8,
+    ON_FIND = 16,
+    ON_SLOTS = 32,
+    ON_INITIALIZE = 64
+};
 
 enum { HIDDEN_MECHANISMS = 16, SLOTS = 16 };
 
@@ -64,7 +73,7 @@ struct control {
     _Atomic uint32_t error_functions; /* for which functions */
     _Atomic uint32_t error_after;     /* how many calls of them still go well */
     _Atomic uint32_t error_count;     /* how many more times; UINT32_MAX: for ever */
-    _Atomic uint32_t hang;            /* C_Sign does not return while this is set */
+    _Atomic uint32_t hang_functions;  /* which functions do not return as long as this is so */
     _Atomic uint32_t losses;          /* each increment closes all sessions, and so ends the login */
     _Atomic uint32_t close_one_in;    /* one session in so many C_SignInit is closed first; 0: never */
     _Atomic uint32_t close_all_one_in;
@@ -76,6 +85,7 @@ struct control {
     _Atomic uint32_t open_sessions;
     _Atomic uint32_t open_session_calls;
     _Atomic uint32_t find_calls;
+    _Atomic uint32_t initialize_calls;
 };
 
 static struct control *control;
@@ -134,8 +144,17 @@ static uint32_t use_one(_Atomic uint32_t *count) {
     return left;
 }
 
-/* The error to answer `function` with, or CKR_OK. */
+static void sleep_us(uint32_t us) {
+    struct timespec rest = {us / 1000000, (long)(us % 1000000) * 1000};
+    while (nanosleep(&rest, &rest) != 0 && errno == EINTR) {
+    }
+}
+
+/* The error to answer `function` with, or CKR_OK; not before it is to return at all. */
 static ulong_t injected(uint32_t function) {
+    while (atomic_load(&control->hang_functions) & function) {
+        sleep_us(1000);
+    }
     if ((atomic_load(&control->error_functions) & function) == 0) {
         return CKR_OK;
     }
@@ -145,10 +164,11 @@ static ulong_t injected(uint32_t function) {
     return use_one(&control->error_count) == 0 ? CKR_OK : atomic_load(&control->error);
 }
 
-static void sleep_us(uint32_t us) {
-    struct timespec rest = {us / 1000000, (long)(us % 1000000) * 1000};
-    while (nanosleep(&rest, &rest) != 0 && errno == EINTR) {
-    }
+static ulong_t initialize(void *arguments) {
+    ulong_t (*call)(void *) = target->function[INITIALIZE];
+    atomic_fetch_add(&control->initialize_calls, 1);
+    ulong_t error = injected(ON_INITIALIZE);
+    return error != CKR_OK ? error : call(arguments);
 }
 
 static ulong_t finalize(void *reserved) {
@@ -284,11 +304,8 @@ static ulong_t sign(ulong_t session, unsigned char *data, ulong_t data_len, unsi
     if (latency_us != 0) {
         sleep_us(latency_us);
     }
-    while (atomic_load(&control->hang)) {
-        sleep_us(1000);
-    }
-    lose_sessions_if_asked();
     ulong_t error = injected(ON_SIGN);
+    lose_sessions_if_asked();
     if (error != CKR_OK) {
         return error;
     }
@@ -367,6 +384,7 @@ ulong_t C_GetFunctionList(struct function_list **list) {
             return CKR_GENERAL_ERROR;
         }
         own = *target;
+        own.function[INITIALIZE] = initialize;
         own.function[FINALIZE] = finalize;
         own.function[GET_FUNCTION_LIST] = C_GetFunctionList;
         own.function[GET_SLOT_LIST] = get_slot_list;

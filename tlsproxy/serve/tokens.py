@@ -57,7 +57,8 @@ class TokenGroups:
             users = (config.user, config.hsm_user)
             # A worker reads the soft token and the PIN once, at its start.
             files = (file_version(token.path), file_version(token.pin_file))
-            started_with = (launched, config.log, config.hang_timeout_s, users, files)
+            timeouts = (config.hsm.open_timeout_s, config.hang_timeout_s)
+            started_with = (launched, config.log, timeouts, users, files)
             present = None if previous is None else previous._running.get(token.name)
             if present is not None and present.started_with == started_with and present.group.failure is None:
                 self._running[token.name] = present
@@ -175,6 +176,7 @@ def _group(token: Token, directory: Path, config: Config) -> WorkerGroup:
             str(directory),
             log_level=config.log.level.value,
             log_format=config.log.format.value,
+            open_timeout_s=config.hsm.open_timeout_s,
             hang_timeout_s=config.hang_timeout_s,
             run_as=identity(config.hsm_user, "hsm_user"),
             client=identity(config.user, "user"),
