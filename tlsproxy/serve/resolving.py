@@ -33,6 +33,7 @@ class Resolver:
         self._on_change = on_change
         self._upstream = upstream
         self._known: list[Address] = []
+        self._failing = False
 
     async def run(self) -> None:
         """Go on until cancelled."""
@@ -45,11 +46,15 @@ class Resolver:
         try:
             addresses = await look_up(self._address)
         except OSError as error:
-            _log.warning(
+            # Asked for every second while it has never been resolved: that is told once.
+            _log.log(
+                logging.DEBUG if self._failing else logging.WARNING,
                 "name not resolved",
                 extra={"upstream": self._upstream, "server": str(self._address), "reason": error.strerror},
             )
+            self._failing = True
             return
+        self._failing = False
         if addresses and addresses != self._known:
             self._known = addresses
             self._on_change(addresses)

@@ -12,6 +12,9 @@ from tlsproxy.config import Address, Balance, EjectionConfig, ServerConfig, Unix
 if TYPE_CHECKING:
     from tlsproxy.serve.upstream_connection import UpstreamConnection
 
+_MAX_DOUBLINGS = 3
+"""A server that goes on failing is tried less and less often, down to an eighth of how often it is at first."""
+
 
 class Server:
     """One address that answers, with its idle connections (the last used is taken first)."""
@@ -22,6 +25,7 @@ class Server:
         "authority",
         "config",
         "ejected_until_s",
+        "ejections",
         "failures",
         "healthy",
         "idle",
@@ -45,6 +49,8 @@ class Server:
         self.failures = 0
         """Requests in a row that it failed to answer."""
         self.ejected_until_s = 0.0
+        self.ejections = 0
+        """In a row: it has answered none of the requests in between."""
         self.smooth_weight = 0
         self._hash = hashlib.blake2b(str(address).encode() + b"\0", digest_size=8)
 
@@ -59,9 +65,16 @@ class Server:
         self.failures += 1
         if not ejection.failures or self.failures < ejection.failures or self.ejected_until_s > now_s:
             return False
-        # It keeps its failures: when it comes back, the first one more ejects it again.
-        self.ejected_until_s = now_s + ejection.duration_s
+        # It keeps its failures: when it comes back, the first one more ejects it again, for longer.
+        self.ejected_until_s = now_s + ejection.duration_s * 2 ** min(self.ejections, _MAX_DOUBLINGS)
+        self.ejections += 1
         return True
+
+    def succeeded(self) -> bool:
+        """Take note of a request that it answered; return whether it had been ejected since the last one."""
+        was_ejected = self.ejections > 0
+        self.failures = self.ejections = 0
+        return was_ejected
 
     def score(self, key: bytes) -> float:
         """Return how much `key` wants to go here, for weighted rendezvous hashing."""

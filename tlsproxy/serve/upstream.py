@@ -184,11 +184,27 @@ class Upstream:
 
     def server_failed(self, server: Server) -> None:
         """Count a request that `server` failed to answer; too many in a row eject it."""
-        if server.failed(self._config.ejection, monotonic()):
-            name = str(server.address)
-            _log.warning("server ejected", extra={"upstream": self.name, "server": name, "failures": server.failures})
+        now_s = monotonic()
+        if server.failed(self._config.ejection, now_s):
+            # A server that stays away is told of once: one of a name's addresses may never answer at all.
+            _log.log(
+                logging.WARNING if server.ejections == 1 else logging.DEBUG,
+                "server ejected",
+                extra=self._names(server)
+                | {"failures": server.failures, "seconds": round(server.ejected_until_s - now_s, 1)},
+            )
             self.metrics.count_ejection(str(server.config.address))
             self._review()
+
+    def server_answered(self, server: Server) -> None:
+        """Take note that `server` answers, after a request that it failed to answer."""
+        if server.succeeded():
+            _log.info("server answers again", extra=self._names(server))
+
+    def _names(self, server: Server) -> dict[str, object]:
+        """What a line of the log says of a server: as it is configured, and which of its name's addresses it is."""
+        address = None if server.address == server.config.address else str(server.address)
+        return {"upstream": self.name, "server": str(server.config.address), "address": address}
 
     # Choosing.
 
@@ -329,11 +345,10 @@ class Upstream:
             self._checks[server] = asyncio.get_running_loop().create_task(checker.run())
 
     def _health_changed(self, server: Server) -> None:
-        extra = {"upstream": self.name, "server": str(server.address)}
         if server.healthy:
-            server.failures = 0
+            server.succeeded()
             server.ejected_until_s = 0.0
-            _log.info("server is back", extra=extra)
+            _log.info("server is back", extra=self._names(server))
         else:
-            _log.warning("server is down", extra=extra)
+            _log.warning("server is down", extra=self._names(server))
         self._review()

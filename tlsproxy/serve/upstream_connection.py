@@ -151,7 +151,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def succeeded(self) -> None:
         """Say that the server has answered as it should."""
-        self.server.failures = 0
+        if self.server.failures:
+            self._upstream.server_answered(self.server)
 
     def failed(self) -> None:
         """Say that the server has not answered as it should."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
@@ -374,6 +375,60 @@ async def test_localhost_is_resolved_by_the_system() -> None:
         data_plane([0], servers={"address": Address("localhost", server.port)}) as running,
     ):
         assert await bodies(await running.connect(), 2) == {b"hello": 2}
+
+
+async def test_an_address_of_a_name_that_never_answers_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tlsproxy.upstream")
+    port = free_port()
+    resolving_to(monkeypatch, {"app.test": ["127.0.0.1", "127.0.0.2"]})
+
+    def told() -> list[tuple[str, str, object]]:
+        records = [record for record in caplog.records if record.msg != "name resolved"]
+        return [(record.levelname, record.msg, record.__dict__["address"]) for record in records]
+
+    async with (
+        backend(port=port),
+        data_plane(
+            [0], servers={"address": Address("app.test", port)}, upstream={"ejection": EjectionConfig(1, 0.01)}
+        ) as running,
+    ):
+        client = await running.connect()
+        name = ("app", f"app.test:{port}")
+
+        async def ejections() -> float:
+            await asyncio.sleep(0.01)
+            running.sweep()
+            assert await bodies(client, 2) == {b"hello": 2}
+            assert running.counted(UP) == {name: 1}
+            return running.counted("tlsproxy_upstream_ejections_total").get(name, 0)
+
+        while await ejections() < 3:
+            pass
+        ejected = ("WARNING", "server ejected", f"127.0.0.2:{port}")
+        assert told() == [ejected]
+        async with backend(host="127.0.0.2", port=port):
+            while len(told()) == 1:
+                await ejections()
+        assert told() == [ejected, ("INFO", "server answers again", f"127.0.0.2:{port}")]
+
+
+async def test_a_name_that_is_not_found_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "tlsproxy.upstream")
+    names: dict[str, list[str]] = {}
+    resolving_to(monkeypatch, names)
+    address = Address("app.test", 8000)
+    async with data_plane([0], servers={"address": address}, upstream={"resolve_interval_s": 0.01}):
+        await until(lambda: len(caplog.records) > 3)
+        names["app.test"] = ["127.0.0.1"]
+        await until(lambda: caplog.records[-1].msg == "name resolved")
+        del names["app.test"]
+        await until(lambda: caplog.records[-1].msg == "name not resolved")
+    told = [record.msg for record in caplog.records if record.levelno > logging.DEBUG]
+    assert told == ["name not resolved", "name resolved", "name not resolved"]
 
 
 async def test_a_name_that_stands_for_nothing_is_503_until_it_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def test_ejection_after_failures_in_a_row() -> None:
     ejection = EjectionConfig(3, 10)
     assert not server.failed(ejection, 100)
     assert not server.failed(ejection, 100)
-    server.failures = 0
+    assert not server.succeeded()
     assert [server.failed(ejection, 100) for _ in range(3)] == [False, False, True]
     assert server.ejected_until_s == 110
     # Requests that were under way may still fail: they don't make it longer.
@@ -85,7 +85,23 @@ def test_ejection_after_failures_in_a_row() -> None:
     assert server.ejected_until_s == 110
     # Once back, one more failure is enough.
     assert server.failed(ejection, 111)
-    assert server.ejected_until_s == 121
+    assert server.ejected_until_s > 121
+
+
+def test_a_server_that_stays_away_is_ejected_for_longer_and_longer_until_it_answers() -> None:
+    (server,) = make(1)
+    ejection = EjectionConfig(1, 10)
+    now_s = 100.0
+    durations = []
+    for _ in range(6):
+        assert server.failed(ejection, now_s)
+        durations.append(server.ejected_until_s - now_s)
+        now_s = server.ejected_until_s
+    assert durations == [10, 20, 40, 80, 80, 80]
+    assert server.succeeded()
+    assert not server.succeeded()
+    assert server.failed(ejection, now_s)
+    assert server.ejected_until_s == now_s + 10
 
 
 def test_ejection_can_be_off() -> None:
