@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import os
 import socket
+import ssl
 import sys
 from pathlib import Path
+
+import pytest
 
 from hsm.messages import KeyType
 from tests.backends import backend
@@ -40,6 +44,40 @@ async def successor(directory: Path) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             *TLSPROXY, "run", "--take-over", "--config", str(directory / "proxy.yaml"), stderr=stderr
         )
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_ticket_made_before_a_take_over_resumes_after_it_and_after_the_next(
+    tmp_path: Path, version: ssl.TLSVersion
+) -> None:
+    make_site(tmp_path, KEYS)
+    async with backend() as upstream:
+        config = site_config(tmp_path, KEYS, f"127.0.0.1:{upstream.port}")
+        async with running_proxy(tmp_path, config) as proxy:
+            context = proxy.client_context(minimum_version=version, maximum_version=version)
+            first, resumed = await asyncio.to_thread(get_resuming, proxy.port, context, None)
+            assert not resumed
+            for _ in range(2):
+                old = proxy.process
+                proxy.process = await successor(tmp_path)
+                assert await old.wait() == 0
+                # In TLS 1.3 a ticket is for one connection, so that none can be told from another by it.
+                first, resumed = await asyncio.to_thread(get_resuming, proxy.port, context, first)
+                assert resumed
+            assert await proxy.metric("tlsproxy_handshakes_total", resumed="true", result="ok") == 1
+
+
+def get_resuming(
+    port: int, context: ssl.SSLContext, session: ssl.SSLSession | None
+) -> tuple[ssl.SSLSession | None, bool]:
+    """GET over a new connection that offers `session`; return the session it then has, and whether it was resumed."""
+    connection = http.client.HTTPSConnection("localhost", port, timeout=30, context=context)
+    plain = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection.sock = tls = context.wrap_socket(plain, server_hostname="localhost", session=session)
+    with contextlib.closing(connection):
+        connection.request("GET", "/")
+        assert connection.getresponse().read() == b"hello"
+        return tls.session, tls.session_reused is True
 
 
 async def test_taking_over_needs_an_instance_that_runs(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class Operable(Protocol):
         """Let connections finish; return when all have ended."""
 
     def hand_over(self, connection: socket.socket) -> None:
-        """Send the listening sockets to a successor."""
+        """Send the listening sockets and the ticket keys to a successor."""
 
     def status(self) -> dict[str, Any]:
         """Return the state of the whole, as JSON has it."""

@@ -65,7 +65,9 @@ class Supervisor:
         self._on_ready = on_ready
         self._service_manager = ServiceManager()
         self._handed_over = False
-        self._ticket_keys: tuple[TicketKey, ...] = (TicketKey.generate(),)
+        # Its keys go on aging: new tickets are made with one of our own.
+        old_keys = () if predecessor is None else predecessor.ticket_keys[:_OLD_TICKET_KEYS]
+        self._ticket_keys: tuple[TicketKey, ...] = (TicketKey.generate(), *old_keys)
         self._generations: list[Generation] = []
         """The one in force first, then those that are draining."""
         self._figures = Figures(lambda: self._generations)
@@ -174,12 +176,12 @@ class Supervisor:
         return self._figures.status()
 
     def hand_over(self, connection: socket.socket) -> None:
-        """Send the listening sockets to a successor, and serve on until it says drain. Raises StartupError."""
+        """Send sockets and ticket keys to a successor, and serve on until it says drain. Raises StartupError."""
         if self._stop.is_set():
             raise StartupError("hand over: expected a proxy that serves; it is draining")
-        hand_over(connection, self._runtime_directory.lock_fd, self._current.sockets)
+        hand_over(connection, self._runtime_directory.lock_fd, self._current.sockets, self._ticket_keys)
         self._handed_over = True
-        _logger.info("listening sockets handed over to a successor")
+        _logger.info("listening sockets and ticket keys handed over to a successor")
 
     async def reload(self) -> None:
         """Load the configuration and all it names anew, and serve by it; the old state ends its connections and goes.
