@@ -67,8 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--round-trip-ms", type=float, default=1.0, help="to the HSM and back, beyond its own time (default: 1)"
     )
     parser.add_argument("--sessions", type=int, default=64, help="PKCS#11 sessions with each token (default: 64)")
-    parser.add_argument("--cpu-us-full", type=float, default=400.0, help="CPU of a full handshake (default: 400)")
-    parser.add_argument("--cpu-us-resumed", type=float, default=200.0, help="CPU of a resumed one (default: 200)")
+    parser.add_argument(
+        "--cpu-us-full", type=float, default=500.0, help="CPU of a full handshake, HSM worker included (default: 500)"
+    )
+    parser.add_argument("--cpu-us-resumed", type=float, default=220.0, help="CPU of a resumed one (default: 220)")
     parser.add_argument(
         "--utilisation", type=_share, default=0.7, help="how busy proxy cores may be (default: %(default)s)"
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,27 @@ def test_the_cloudhsm_document_and_its_configuration_name_the_same_things() -> N
     (token,) = load_config(str(ROOT / "configs/cloudhsm.yaml")).hsm.tokens
     for thing in (token.module, token.token_label, token.pin_file):
         assert str(thing) in TEXTS["cloudhsm.md"]
+
+
+_MEASURED = {
+    r"full handshake, .*: ([0-9.]+) ms": ("HSM latency", "handshakes", "tlsproxy-pkcs11 at 20 ms", 1e3),
+    r"resumed handshake: ([0-9.]+) ms": ("resumed", "handshakes", "tlsproxy", 1e3),
+    r"small request .*?: ([0-9.]+) ms": ("requests", "requests", "tlsproxy", 1e3),
+    r"`mode: tcp` ([0-9.]+) ms": ("requests", "requests", "tlsproxy-tcp", 1e3),
+    r"response bodies: ([0-9.]+) s": ("bulk", "bulk", "tlsproxy", 1),
+}
+"""What sizing.md says of a proxy worker's CPU: the run, its turns, the case, and units a second."""
+
+
+@pytest.mark.parametrize("words", list(_MEASURED))
+def test_sizing_is_by_figures_that_were_measured(words: str) -> None:
+    """To a third: more is a change that the document has to tell of."""
+    run, what, case, scale = _MEASURED[words]
+    (stated,) = re.findall(words, TEXTS["sizing.md"])
+    report = json.loads((ROOT / "perf/results/data.json").read_text())
+    turns = report["runs"][run]["parts"][0]["turns"][what][case]
+    measured = statistics.median(turn["cpu_s"]["proxy"] / turn["operations"] for turn in turns)
+    assert float(stated) == pytest.approx(measured * scale, rel=1 / 3)
 
 
 def test_configuration_keys_named_in_the_migration_table_are_read() -> None:
