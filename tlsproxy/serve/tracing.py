@@ -20,14 +20,13 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.trace import (
-    NonRecordingSpan,
+    INVALID_SPAN_CONTEXT,
     Span,
-    SpanContext,
     SpanKind,
     Status,
     StatusCode,
-    TraceFlags,
     Tracer,
+    TraceState,
     format_trace_id,
     get_current_span,
     set_span_in_context,
@@ -75,12 +74,11 @@ class Tracing:
         the one this request had to wait for, if any.
         """
         said = _trace_context(request)
-        parent = get_current_span(said).get_span_context()
+        parent = get_current_span(said).get_span_context() if said else INVALID_SPAN_CONTEXT
         recorded = parent.trace_flags.sampled if trusted and parent.is_valid else random.random() < self._share  # noqa: S311 - no secret
         if not recorded:
-            trace_id = parent.trace_id if parent.is_valid else _ids.generate_trace_id()
-            own = SpanContext(trace_id, _ids.generate_span_id(), False, TraceFlags(), parent.trace_state)
-            return RequestTrace(self._tracer, NonRecordingSpan(own), request)
+            trace_id = parent.trace_id or _ids.generate_trace_id()
+            return RequestTrace(_header_lines(trace_id, _ids.generate_span_id(), 0, parent.trace_state))
         method = _known_method(request)
         name = "HTTP" if method == _OTHER else method
         span = self._tracer.start_span(
@@ -89,30 +87,57 @@ class Tracing:
             kind=SpanKind.SERVER,
             attributes=_request_attributes(request, method, route, scheme, client_ip),
         )
-        trace = RequestTrace(self._tracer, span, request)
+        trace = RecordedTrace(self._tracer, span, method)
         if handshake is not None:
             trace.add_handshake(handshake)
         return trace
 
 
 class RequestTrace:
-    """The spans of one request. If it isn't recorded they cost little, and still tell the server the trace's id."""
+    """The trace of a request, as far as one that isn't recorded has it: the server is told the trace's id."""
+
+    __slots__ = ("_header_lines",)
+
+    def __init__(self, header_lines: bytes) -> None:
+        self._header_lines = header_lines
+
+    @property
+    def recorded_id(self) -> str | None:
+        """The trace's id, by which it is found at the collector; None if it isn't recorded."""
+        return None
+
+    def attempt_begun(self) -> None:
+        """The request is to be sent to an upstream."""
+
+    def attempt_connected(self, connection: UpstreamConnection, upstream: str) -> bytes:  # noqa: ARG002
+        """There is a connection to send it on; return the header fields that tell the server of the trace."""
+        return self._header_lines
+
+    def attempt_ended(self, status: int, error: str = "") -> None:
+        """The upstream has answered with `status`, or failed with `error` after it; 0: no answer."""
+
+    def ended(self, status: int, error: str = "") -> None:
+        """The client has been answered with `status`; 0: it has not. Idempotent."""
+
+
+class RecordedTrace(RequestTrace):
+    """The spans of one request."""
 
     __slots__ = ("_attempt", "_attempts", "_context", "_error", "_method", "_span", "_tracer")
 
-    def __init__(self, tracer: Tracer, span: Span, request: RequestHead) -> None:
+    def __init__(self, tracer: Tracer, span: Span, method: str) -> None:
         self._tracer = tracer
-        self._method = _known_method(request)
         self._span = span
+        self._method = method
         self._context = set_span_in_context(span, _NOTHING_SAID)
         self._attempt: Span | None = None
         self._attempts = 0
         self._error = ""
 
     @property
-    def recorded_id(self) -> str | None:
-        """The trace's id, by which it is found at the collector; None if it isn't recorded."""
-        return format_trace_id(self._span.get_span_context().trace_id) if self._span.is_recording() else None
+    def recorded_id(self) -> str:
+        """The trace's id."""
+        return format_trace_id(self._span.get_span_context().trace_id)
 
     def add_handshake(self, handshake: HandshakeSummary) -> None:
         """Add the handshake that went before, and its signature."""
@@ -153,11 +178,8 @@ class RequestTrace:
         span.end(started_ns + int(handshake.duration_s * 1e9))
 
     def attempt_begun(self) -> None:
-        """The request is to be sent to an upstream."""
+        """Begin a span for it."""
         self._error = ""
-        if not self._span.is_recording():
-            self._attempt = self._span
-            return
         self._attempt = self._tracer.start_span(
             "HTTP" if self._method == _OTHER else self._method,
             context=self._context,
@@ -167,27 +189,24 @@ class RequestTrace:
         self._attempts += 1
 
     def attempt_connected(self, connection: UpstreamConnection, upstream: str) -> bytes:
-        """There is a connection to send it on; return the header fields that tell the server of the trace."""
+        """Say which server it is."""
         span = self._attempt
         assert span is not None
-        if span.is_recording():
-            span.set_attributes(_connection_attributes(connection, upstream))
-            if self._attempts > 1:
-                span.set_attribute("http.request.resend_count", self._attempts - 1)
-        fields: dict[str, str] = {}
-        _propagator.inject(fields, set_span_in_context(span, _NOTHING_SAID))
-        return "".join(f"{name}: {value}\r\n" for name, value in fields.items()).encode("ascii")
+        span.set_attributes(_connection_attributes(connection, upstream))
+        if self._attempts > 1:
+            span.set_attribute("http.request.resend_count", self._attempts - 1)
+        context = span.get_span_context()
+        return _header_lines(context.trace_id, context.span_id, context.trace_flags, context.trace_state)
 
     def attempt_ended(self, status: int, error: str = "") -> None:
-        """The upstream has answered with `status`, or failed with `error` after it; 0: no answer."""
+        """End its span."""
         span, self._attempt = self._attempt, None
-        if span is None:
-            return
-        _end(span, status, error or (str(status) if status >= 400 else ""))
-        self._error = error
+        if span is not None:
+            _end(span, status, error or (str(status) if status >= 400 else ""))
+            self._error = error
 
     def ended(self, status: int, error: str = "") -> None:
-        """The client has been answered with `status`; 0: it has not. Idempotent."""
+        """End all spans that have not ended."""
         if self._span.is_recording():
             error = error or self._error
             self.attempt_ended(0, error or "abandoned")
@@ -195,17 +214,23 @@ class RequestTrace:
 
 
 def _end(span: Span, status: int, error: str) -> None:
-    if span.is_recording():
-        if status:
-            span.set_attribute("http.response.status_code", status)
-        if error:
-            span.set_attribute("error.type", error)
-            span.set_status(Status(StatusCode.ERROR))
-        span.end()
+    if status:
+        span.set_attribute("http.response.status_code", status)
+    if error:
+        span.set_attribute("error.type", error)
+        span.set_status(Status(StatusCode.ERROR))
+    span.end()
+
+
+def _header_lines(trace_id: int, span_id: int, flags: int, state: TraceState) -> bytes:
+    lines = f"traceparent: 00-{trace_id:032x}-{span_id:016x}-{flags:02x}\r\n"
+    if state:
+        lines += f"tracestate: {state.to_header()}\r\n"
+    return lines.encode("ascii")
 
 
 def _trace_context(request: RequestHead) -> Context:
-    """Return what the client says of the trace. More than one traceparent says nothing."""
+    """Return what the client says of the trace: empty if nothing. More than one traceparent says nothing."""
     said = [value for lower, _, value in request.fields if lower == b"traceparent"]
     if len(said) != 1:
         return _NOTHING_SAID
