@@ -80,7 +80,7 @@ def test_the_kind_of_cluster_that_needs_the_fewest_hsms_is_taken(monkeypatch):
     monkeypatch.setattr(capacity, "sustainable_rate", lambda model, slo_s: 2 * model.signatures_per_second)
     (part,) = capacity.measure(arguments("--rate", "12000", "--resumption", "0"))
     # Clusters of 2 sign 3,000/s: 4 and 1 to spare; of 3, 4,500: 3 and 1; of 6, 7,000: 2 and 1.
-    assert part.table.rows == [("12000", "0%", "10 (clusters of 2)", "7")]
+    assert part.table.rows == [("12000", "0%", "10 (clusters of 2)", "9")]
 
 
 def test_an_objective_below_the_round_trip_is_out_of_reach():
