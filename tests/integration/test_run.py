@@ -235,6 +235,15 @@ async def test_each_request_and_each_handshake_is_a_line(tmp_path: Path) -> None
         assert phases == pytest.approx(handshake["duration_s"], abs=1e-5)
 
 
+async def test_the_line_of_a_request_that_failed_says_why(tmp_path: Path) -> None:
+    make_site(tmp_path, KEYS)
+    async with running_proxy(tmp_path, site_config(tmp_path, KEYS, f"127.0.0.1:{free_port()}")) as proxy:
+        assert (await proxy.get("/"))[0] == 502
+        await proxy.stop()
+    (request,) = [event for event in log_events(proxy.log) if event["event"] == "request"]
+    assert (request["status"], request["reason"]) == (502, "connect_failed")
+
+
 async def test_a_log_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:
     make_site(tmp_path, KEYS)
     reader, writer = os.pipe()

@@ -201,10 +201,10 @@ class HttpConnection(ClientConnection):
         self._exchange = None
         self.resume(PauseReason.UPSTREAM)
         if exchange.status:
-            self._record_exchange(exchange)
+            self._record_exchange(exchange, error.reason)
             self.abort()
             return
-        self._reply_for(exchange, error.status, keep_alive=keep_alive)
+        self._reply_for(exchange, error, keep_alive=keep_alive)
         self._next(keep_alive=keep_alive)
 
     # Inside.
@@ -350,20 +350,21 @@ class HttpConnection(ClientConnection):
             self.abort()
             return
         if exchange is not None:
-            self._reply_for(exchange, error.status, keep_alive=False)
+            self._reply_for(exchange, error, keep_alive=False)
         else:
-            self._reply(None, error.status, monotonic(), keep_alive=False)
+            self._reply(None, error.status, monotonic(), keep_alive=False, reason=error.reason)
         self.finish()
 
-    def _reply_for(self, exchange: Exchange, status: int, *, keep_alive: bool) -> None:
+    def _reply_for(self, exchange: Exchange, error: HttpError | UpstreamError, *, keep_alive: bool) -> None:
         """Answer in the upstream's place."""
         self._reply(
             exchange.request,
-            status,
+            error.status,
             exchange.started_s,
             keep_alive=keep_alive,
             route=exchange.route,
             trace=exchange.trace,
+            reason=error.reason,
         )
 
     def _reply(
@@ -375,18 +376,27 @@ class HttpConnection(ClientConnection):
         keep_alive: bool,
         route: Route | None = None,
         trace: RequestTrace | None = None,
+        reason: str = "",
     ) -> None:
         head_only = request is not None and request.method == b"HEAD"
         fields = b"" if route is None else route.response_rules.always
         self.send(own_reply(status, keep_alive=keep_alive, head_only=head_only, fields=fields))
-        self._record(request, "", status, started_s, trace)
+        self._record(request, "", status, started_s, trace, reason)
 
-    def _record_exchange(self, exchange: Exchange) -> None:
-        self._record(exchange.request, exchange.upstream.name, exchange.status, exchange.started_s, exchange.trace)
+    def _record_exchange(self, exchange: Exchange, reason: str = "") -> None:
+        name, started_s = exchange.upstream.name, exchange.started_s
+        self._record(exchange.request, name, exchange.status, started_s, exchange.trace, reason)
 
     def _record(
-        self, request: RequestHead | None, upstream: str, status: int, started_s: float, trace: RequestTrace | None
+        self,
+        request: RequestHead | None,
+        upstream: str,
+        status: int,
+        started_s: float,
+        trace: RequestTrace | None,
+        reason: str = "",
     ) -> None:
+        """Count and log a request that has ended; `reason` is why it failed, if it did."""
         duration_s = monotonic() - started_s
         method = request.method if request is not None else b""
         self.runtime.metrics.count_request(upstream, method, status, duration_s)
@@ -398,6 +408,7 @@ class HttpConnection(ClientConnection):
                     "host": request.host_name if request is not None else None,
                     "target": request.target.decode("ascii") if request is not None else None,
                     "status": status,
+                    "reason": reason or None,
                     "upstream": upstream or None,
                     "duration_s": round(duration_s, 6),
                     "trace_id": None if trace is None else trace.recorded_id,
