@@ -27,7 +27,9 @@ class Fixture:
     def __init__(self) -> None:
         self.workers_ready = True
         self.token_up = True
+        self.server_up = True
         self.name = "www"
+        self.version = "9"
         self.port = 0
         self.merged: dict[str, dict[tuple[str, ...], tuple[float, ...]]] = {name: {} for name in LIVE_FAMILIES}
         self.registry = CollectorRegistry()
@@ -43,12 +45,12 @@ class Fixture:
     def snapshot(self) -> Snapshot:
         not_after = datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)
         return Snapshot(
-            version="9",
+            version=self.version,
             workers=(WorkerView(0, 4711, self.workers_ready), WorkerView(1, None, False)),
             tokens={"local": self.token_up},
             certificates=(CertificateView(self.name, ("example.com",), "ecdsa-p256", ("local",), not_after),),
             listeners=(ListenerView("0.0.0.0:8443", 3, 1000, 7),),
-            upstreams=(UpstreamView("app", (ServerView("10.0.0.1:80", 1, 1, 0),)),),
+            upstreams=(UpstreamView("app", (ServerView("10.0.0.1:80", 1, int(self.server_up), 0),)),),
         )
 
     async def ask(self, request: bytes) -> tuple[int, dict[str, str], bytes]:

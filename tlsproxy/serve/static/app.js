@@ -17,22 +17,43 @@ function duration(seconds) {
   return `${(seconds * 1e6).toFixed(0)} µs`;
 }
 
-const quantiles = (values) => (values === null ? "none" : values.map(duration).join(" / "));
+const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString();
+const quantiles = (values) => [values === null ? "none" : values.map(duration).join(" / "), "quantiles"];
 
 // The state, in the heading.
 
 const state = byId("state");
-let silence = 0;
+let silence = 0, last = null;
 
 function tell(text, look) {
   // Said aloud by screen readers: only when it changes.
-  if (state.textContent !== text) state.textContent = text;
+  if (state.textContent !== text) {
+    state.textContent = text;
+    document.title = `${text} - tlsproxy`;
+  }
   state.className = `badge ${look}`;
   document.body.classList.toggle("stale", look === "");
 }
 
 function lost() {
-  tell("Reconnecting", "");
+  tell(last === null ? "Reconnecting" : `Reconnecting; the figures are of ${clock(last.time)}`, "");
+}
+
+const upOf = (things) => things.filter((thing) => thing.up).length;
+const servers = (d) => d.upstreams.flatMap((u) => u.servers.map((server) => ({ upstream: u.name, ...server })));
+
+function troubles(d) {
+  return [["token", d.tokens], ["upstream server", servers(d)]].flatMap(([name, things]) => {
+    const down = things.length - upOf(things);
+    return down ? [`${down} of ${things.length} ${name}${things.length > 1 ? "s" : ""} down`] : [];
+  });
+}
+
+function tellState(d) {
+  const down = troubles(d);
+  if (!d.ready) tell("Not ready: new clients cannot be served", "bad");
+  else if (down.length) tell(`Ready; ${down.join(", ")}`, "warn");
+  else tell("Ready", "good");
 }
 
 // Tiles.
@@ -45,6 +66,10 @@ const TILES = {
   "Handshake p99": (d) => [d.handshakes.duration === null ? "none" : duration(d.handshakes.duration[2]), ""],
   "Requests": (d) => [rate(d.requests), "/s"],
   "Connections": (d) => [count(d.connections), ""],
+  "Servers up": (d) => {
+    const all = servers(d), up = upOf(all);
+    return [`${up}`, ` of ${all.length}`, up < all.length ? "bad" : ""];
+  },
 };
 
 const tiles = Object.entries(TILES).map(([name, read]) => {
@@ -53,7 +78,8 @@ const tiles = Object.entries(TILES).map(([name, read]) => {
   const value = tile.appendChild(document.createElement("dd"));
   const number = value.appendChild(document.createElement("span"));
   const unit = value.appendChild(document.createElement("small"));
-  return (d) => { [number.textContent, unit.textContent] = read(d); };
+  number.textContent = "–";
+  return (d) => { [number.textContent, unit.textContent, value.className = ""] = read(d); };
 });
 
 // Charts.
@@ -88,13 +114,21 @@ const TABLES = [
     "Tokens", ["Name", "State", "Circuit", "Signatures/s>", "Errors/s>", "Pending>", "Queue p50 / p95 / p99>", "Sign p50 / p95 / p99>"],
     (d) => d.tokens.map((t) => [
       t.name, t.up ? ["up", "good"] : ["down", "bad"], circuit(t.circuit), rate(t.signatures),
-      t.errors ? [rate(t.errors), "bad"] : "0", count(t.pending), quantiles(t.queue), quantiles(t.sign),
+      trouble(t.errors), count(t.pending), quantiles(t.queue), quantiles(t.sign),
     ]),
   ],
   [
-    "Upstreams", ["Name", "Requests/s>", "Errors/s>", "Active>", "Idle>"],
+    "Upstreams", ["Name", "Servers", "Requests/s>", "Errors/s>", "Retries/s>", "Waiting>", "Active>", "Idle>"],
     (d) => d.upstreams.map((u) => [
-      u.name, rate(u.requests), u.errors ? [rate(u.errors), "bad"] : "0", count(u.active), count(u.idle),
+      u.name, serversUp(u.servers), rate(u.requests), trouble(u.errors), rate(u.retries), count(u.waiting),
+      count(u.active), count(u.idle),
+    ]),
+  ],
+  [
+    "Upstream servers", ["Address", "State", "Upstream", "Ejections, last minute>"],
+    // Those that are down come first.
+    (d) => servers(d).sort((a, b) => a.up - b.up).map((s) => [
+      s.address, [s.state, s.up ? "good" : "bad"], s.upstream, trouble(s.ejections, count),
     ]),
   ],
   [
@@ -111,13 +145,13 @@ const TABLES = [
   ],
   [
     "Failed handshakes, by result", ["Result", "Per second>"],
-    (d) => Object.entries(d.handshakes.failures).map(([result, value]) => [result, value ? [rate(value), "bad"] : "0"]),
+    (d) => Object.entries(d.handshakes.failures).map(([result, value]) => [result, trouble(value)]),
   ],
   [
     "Slowest full handshakes of the last minutes",
     ["Ended", "Took>", ...PHASES.map((phase) => `${phase}>`), "Token", "Scheme", "TLS", "Listener"],
     (d) => d.slowest.map((h) => [
-      new Date(h.ended_s * 1000).toLocaleTimeString(), duration(h.duration_s),
+      clock(h.ended_s), duration(h.duration_s),
       ...PHASES.map((phase) => duration(h.phases[`${phase}_s`])), h.token, h.scheme, h.tls_version, h.listener,
     ]),
   ],
@@ -133,7 +167,16 @@ function circuit(states) {
 
 function daysLeft(days) {
   if (days < 0) return ["expired", "bad"];
-  return days < 14 ? [`${days}`, "warn"] : `${days}`;
+  return days < 14 ? [`${days}, renew now`, "warn"] : `${days}`;
+}
+
+function trouble(value, format = rate) {
+  return value ? [format(value), "bad"] : "0";
+}
+
+function serversUp(all) {
+  const up = upOf(all);
+  return [`${up} of ${all.length} up`, up < all.length ? "bad" : "good"];
 }
 
 // The feed.
@@ -141,9 +184,11 @@ function daysLeft(days) {
 function show(d) {
   clearTimeout(silence);
   silence = setTimeout(lost, SILENCE_MS);
+  // Another version has a page of its own.
+  if (last !== null && last.version !== d.version) location.reload();
+  last = d;
   byId("version").textContent = d.version;
-  if (d.ready) tell("Ready", "good");
-  else tell("Not ready: new clients cannot be served", "bad");
+  tellState(d);
   for (const update of tiles) update(d);
   rates.add(d.time, [d.handshakes.full, d.handshakes.resumed, d.handshakes.failed]);
   durations.add(d.time, d.handshakes.duration ?? [null, null, null]);

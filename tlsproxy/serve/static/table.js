@@ -3,13 +3,15 @@
 export class Table {
   // `columns` are headings; one that ends with ">" holds numbers and is aligned to the right.
   constructor(parent, caption, columns, empty) {
-    const frame = parent.appendChild(document.createElement("div"));
-    frame.className = "table";
-    frame.tabIndex = 0;  // scrolled by keyboard where it is wider than the screen
+    const card = parent.appendChild(document.createElement("div"));
+    card.className = "card";
+    card.appendChild(document.createElement("h2")).textContent = caption;
+    const frame = card.appendChild(document.createElement("div"));
+    frame.className = "scrolled";
+    frame.tabIndex = 0;  // by keyboard too, where the table is wider than the screen
     frame.setAttribute("role", "region");
-    frame.setAttribute("aria-label", caption);
     const table = frame.appendChild(document.createElement("table"));
-    table.createCaption().textContent = caption;
+    for (const named of [frame, table]) named.setAttribute("aria-label", caption);
     const head = table.createTHead().insertRow();
     this.numeric = columns.map((column) => column.endsWith(">"));
     columns.forEach((column, index) => {
@@ -22,7 +24,7 @@ export class Table {
     this.empty = empty;
   }
 
-  // A row is an array of cells: text, or [text, class].
+  // A row is an array of cells: text, or [text, class]. The first says what the row is about.
   show(rows) {
     if (!rows.length) rows = [[[this.empty, "empty"]]];
     while (this.body.rows.length > rows.length) this.body.deleteRow(-1);
@@ -31,7 +33,7 @@ export class Table {
       while (row.cells.length > cells.length) row.deleteCell(-1);
       cells.forEach((content, index) => {
         const [text, look] = Array.isArray(content) ? content : [content, ""];
-        const cell = row.cells[index] ?? row.insertCell();
+        const cell = row.cells[index] ?? (index ? row.insertCell() : rowHeading(row));
         if (cell.textContent !== text) cell.textContent = text;
         const name = [this.numeric[index] ? "number" : "", look].join(" ").trim();
         if (cell.className !== name) cell.className = name;
@@ -39,4 +41,10 @@ export class Table {
       row.cells[0].colSpan = cells.length === 1 ? this.numeric.length : 1;
     });
   }
+}
+
+function rowHeading(row) {
+  const cell = row.appendChild(document.createElement("th"));
+  cell.scope = "row";
+  return cell;
 }
