@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 import hsm.cli
 import tlsproxy.cli
 from hsm.metrics import FAMILIES as HSM_FAMILIES
+from hsm.pki import make_demo_ca
 from tests.packaging.conftest import ROOT
 from tlsproxy.config_yaml import load_config, parse_config
 from tlsproxy.metrics import FAMILIES as PROXY_FAMILIES
 
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
+EVERY_DOCUMENT = [*DOCUMENTS, *sorted(ROOT.glob("*.md")), ROOT / "perf/README.md"]
 TEXTS = {document.name: document.read_text() for document in DOCUMENTS}
 _FAMILIES = {**PROXY_FAMILIES, **HSM_FAMILIES}
 _NOT_METRICS = {"hsm_unavailable", "hsm_user"}
@@ -32,9 +39,8 @@ def _anchors(text: str) -> set[str]:
 
 def _commands() -> list[str]:
     """Return every line of a shell block that runs one of our commands."""
-    blocks = [
-        block for text in TEXTS.values() for block in re.findall(r"^ *```sh\n(.*?)```", text, re.MULTILINE | re.DOTALL)
-    ]
+    texts = [document.read_text() for document in EVERY_DOCUMENT]
+    blocks = [block for text in texts for block in re.findall(r"^ *```sh\n(.*?)```", text, re.MULTILINE | re.DOTALL)]
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     commands = sorted({line for line in lines if line.startswith(("tlsproxy ", "hsm "))})
     assert len(commands) > 5
@@ -54,6 +60,29 @@ def test_a_command_shown_is_one_there_is(command: str, capsys: pytest.CaptureFix
         assert not option.startswith("--") or re.search(rf"{option}\b", help_text), f"{option} of {command}"
 
 
+def _shell(script: str, directory: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=directory, env=os.environ | {"PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_leads_to_a_configuration_that_is_sound(tmp_path: Path) -> None:
+    """Word for word, with a demo CA in the place of "your CA"."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (block,) = re.findall(r"^```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    before, ca, after = block.partition("# have your CA")
+    assert ca
+    _shell(before, tmp_path)
+    request = x509.load_pem_x509_csr((tmp_path / "www.csr").read_bytes())
+    public_key = request.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    (tmp_path / "www.pem").write_bytes(make_demo_ca().issue_leaf(public_key, ["www.example.com"], []))
+    check, run = after.splitlines()[1:]
+    _shell(check, tmp_path)
+    assert run.startswith("tlsproxy run --config config.yaml ")
+
+
 def test_every_metric_named_exists() -> None:
     for name, text in TEXTS.items():
         for metric in re.findall(r"\b(?:tlsproxy|hsm)_\w+", text):
@@ -63,7 +92,7 @@ def test_every_metric_named_exists() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for document in DOCUMENTS:
+    for document in EVERY_DOCUMENT:
         for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
             path, _, anchor = target.partition("#")
             found = document if not path else (document.parent / path).resolve()
