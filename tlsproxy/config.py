@@ -384,7 +384,6 @@ class AdminConfig:
 
 
 @dataclass(frozen=True, slots=True)
-@dataclass(frozen=True, slots=True)
 class TracingConfig:
     """OpenTelemetry spans of requests."""
 
@@ -396,6 +395,7 @@ class TracingConfig:
     origin: Origin
 
 
+@dataclass(frozen=True, slots=True)
 class Config:
     """Everything."""
 

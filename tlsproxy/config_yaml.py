@@ -123,8 +123,8 @@ def _config(root: MappingReader, directory: Path) -> Config:
         listeners=root.required("listeners", lambda value: value.each(read_listener, at_least=1), ()),
         upstreams=root.required("upstreams", lambda value: value.each(read_upstream, at_least=1), ()),
         admin=root.optional("admin", _admin, None),
-    )
         tracing=root.optional("tracing", _tracing, None),
+    )
     for reader in (log, hsm, root):
         reader.finish()
     return config
@@ -229,7 +229,6 @@ def _admin(value: Value) -> AdminConfig:
     return admin
 
 
-def _check_references(config: Config, problems: list[Problem]) -> None:
 def _tracing(value: Value) -> TracingConfig:
     reader = value.mapping()
     tracing = TracingConfig(
@@ -249,6 +248,7 @@ def _collector_url(value: Value) -> str:
     return text if text.count("/") > 2 else f"{text}/v1/traces"
 
 
+def _check_references(config: Config, problems: list[Problem]) -> None:
     """Note names that are taken twice and names nobody has."""
     tokens = _names("token", config.hsm.tokens, problems)
     certificates = _names("certificate", config.certificates, problems)
