@@ -9,9 +9,11 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -29,6 +31,8 @@ TEXTS = {document.name: document.read_text() for document in DOCUMENTS}
 _FAMILIES = {**PROXY_FAMILIES, **HSM_FAMILIES}
 _NOT_METRICS = {"hsm_unavailable", "hsm_user"}
 """A value of the label `result`, and a key of the configuration."""
+_SPAN_ATTRIBUTES = {"tls.cipher"}
+"""Named in tracing.md as sections and keys are."""
 _MAIN = {"tlsproxy": tlsproxy.cli.main, "hsm": hsm.cli.main}
 
 
@@ -136,6 +140,34 @@ def test_sizing_is_by_figures_that_were_measured(words: str) -> None:
     turns = report["runs"][run]["parts"][0]["turns"][what][case]
     measured = statistics.median(turn["cpu_s"]["proxy"] / turn["operations"] for turn in turns)
     assert float(stated) == pytest.approx(measured * scale, rel=1 / 3)
+
+
+def _keys_by_section() -> dict[str, set[str]]:
+    """Return the keys of each section of the reference, which has every key there is (tests/unit/config)."""
+    sections: dict[str, set[str]] = defaultdict(set)
+
+    def walk(name: str, node: object) -> None:
+        if isinstance(node, dict):
+            sections[name] |= node.keys()
+            for key, value in node.items():
+                walk(key, value)
+        elif isinstance(node, list):
+            for item in node:
+                walk(name, item)
+
+    walk("", yaml.safe_load((ROOT / "configs/reference.yaml").read_text()))
+    return sections
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_every_configuration_key_named_exists(name: str) -> None:
+    """What is shown as `section.key` or as `key: value`."""
+    sections = _keys_by_section()
+    keys = set().union(*sections.values())
+    shown = set(re.findall(r"`([^`\n]+)`", TEXTS[name])) - _SPAN_ATTRIBUTES
+    dotted = {tuple(text.split(".")) for text in shown if re.fullmatch(r"[a-z_]+\.[a-z_]+", text)}
+    assert {(section, key) for section, key in dotted if section in sections and key not in sections[section]} == set()
+    assert {match[1] for text in shown if (match := re.match(r"([a-z_]+): ", text))} <= keys
 
 
 def test_configuration_keys_named_in_the_migration_table_are_read() -> None:
