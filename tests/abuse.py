@@ -7,6 +7,7 @@ is one on CPU time), and attackers that are merely slow must be cut off within 2
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import os
@@ -296,11 +297,11 @@ async def run(names: list[str], directory: Path) -> bool:
 
 def main() -> int:
     """Run what is named, or everything."""
-    names = sys.argv[1:] or list(KINDS)
-    unknown = [name for name in names if name not in KINDS]
-    if unknown:
-        sys.stderr.write(f"expected any of {', '.join(KINDS)}; got {', '.join(unknown)}\n")
-        return 2
+    parser = argparse.ArgumentParser(prog="python -m tests.abuse", description=__doc__)
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; default: all")
+    names = parser.parse_args().kinds or list(KINDS)
+    if unknown := [name for name in names if name not in KINDS]:
+        parser.error(f"expected any of {', '.join(KINDS)}; got {', '.join(unknown)}")
     with tempfile.TemporaryDirectory() as directory:
         return 0 if asyncio.run(run(names, Path(directory))) else 1
 

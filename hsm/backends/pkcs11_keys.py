@@ -55,7 +55,7 @@ def find_keys(session: Session, references: Sequence[str]) -> list[TokenKey]:
     for reference in map(KeyReference.parse, references) if references else [KeyReference()]:
         objects = _find(session, reference)
         name = _describe(reference)
-        if not objects:
+        if references and not objects:
             _log.error("expected a private key with %s; the token has none", name)
         if references and len(objects) > 1:
             _log.error("expected one private key with %s; the token has %d: tell them apart by id=", name, len(objects))
