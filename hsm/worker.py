@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from typing_extensions import assert_never
 
-from hsm import logs, serving_inline, serving_threaded
+from hsm import landlock, logs, serving_inline, serving_threaded
 from hsm.backends.awskms import AwsKmsBackend
 from hsm.backends.base import Backend
 from hsm.backends.opening import step, told_to
@@ -77,6 +77,7 @@ def _run(spec: WorkerSpec, spec_fd: int) -> None:
         raise WorkerSpecError(f"metrics_fd: {error}") from None
     with told_to(lambda name: _report(spec, {"state": "opening", "step": name})):
         backend, serve = _open_backend(spec, store)
+    _confine(spec)
     stop_fds = (spec_fd, _stop_on_sigterm())
     _log.info("ready, %d keys: %s", len(backend.keys), ", ".join(key.label for key in backend.keys))
     _report(spec, {"state": "ready", "pid": os.getpid(), "keys": keys_to_json(backend.keys)})
@@ -115,6 +116,24 @@ def _open_pkcs11(spec: WorkerSpec, store: MetricStore) -> Pkcs11Backend:
             name=spec.token,
             store=store,
         )
+
+
+def _confine(spec: WorkerSpec) -> None:
+    """Give up what a token of this kind does not need once it is open. Raises OSError."""
+    match spec.kind:
+        case "soft":
+            # The keys are in memory; the token's file and the PIN's have been read.
+            forbidden = landlock.Tcp.BIND | landlock.Tcp.CONNECT
+            abi = landlock.restrict(readable=landlock.program_paths(), forbidden=forbidden, isolated=True)
+        case "awskms":
+            # Credentials are read again, from wherever, and may come from a program that a profile names.
+            abi = landlock.restrict(readable=None, forbidden=landlock.Tcp.BIND, isolated=False)
+        case "pkcs11":
+            # A vendor's library may need any file, socket and process: nothing is certain.
+            return
+        case _:
+            assert_never(spec.kind)
+    _log.info("confined" if abi else "not confined: this kernel has no Landlock", extra={"landlock": abi})
 
 
 @contextlib.contextmanager

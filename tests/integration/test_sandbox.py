@@ -1,83 +1,150 @@
-"""What a proxy worker can still do once it is confined by Landlock, tried in a process that has done the same."""
+"""What a worker can still do once it is confined by Landlock: tried from inside real workers."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import json
-import os
+import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hsm.messages import KeyType
+from hsm.messages import KeyType, SignatureScheme, SignRequest, Status
 from tests.backends import backend
-from tests.proxy import log_events, make_site, running_proxy, site_config
+from tests.implant import SPY, Implants
+from tests.proxy import Proxy, log_events, make_site, running_proxy, site_config
+from tests.tokens import CERTIFICATE_VERIFY, WorkerClient, deadline_in, make_soft_token, soft_worker
 
 KEYS = {"www": KeyType.ECDSA_P256}
 ATTEMPTS = """
-import json, os, socket, sys
-from hsm.seal import forbid_new_privileges
-from tlsproxy.serve.sandbox import confine
+import ctypes, os, socket, subprocess
+
+def landlock_version():
+    libc = ctypes.CDLL(None)
+    return libc.syscall(444, None, ctypes.c_size_t(0), 1)
 
 def attempt(what):
     try:
         what()
         return "done"
     except OSError as error:
-        return error.strerror
+        return error.errno
 
 def bind():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
 
-secret, resolves_names = sys.argv[1], sys.argv[2] == "names"
-forbid_new_privileges()
-abi = confine(resolves_names=resolves_names)
-import sqlite3.dump  # modules can be imported as ever
-results = {
-    "read": attempt(lambda: open(secret).read()),
-    "write": attempt(lambda: open(secret + ".new", "w")),
-    "list": attempt(lambda: os.listdir(os.path.dirname(secret))),
-    "unlink": attempt(lambda: os.unlink(secret)),
-    "hosts": attempt(lambda: open("/etc/hosts").read()),
-    "library": attempt(lambda: open("/usr/lib/os-release").read()),
-    "bind": attempt(bind),
-    "signal": attempt(lambda: os.kill(os.getppid(), 0)),
-}
-print(json.dumps({"abi": abi, **results}))
+def connect(port):
+    socket.create_connection(("127.0.0.1", port)).close()
+
+def attempts(secret, port):
+    import sqlite3.dump  # modules can be imported as ever
+    return {
+        "read": attempt(lambda: open(secret).read()),
+        "write": attempt(lambda: open(secret + ".new", "w")),
+        "list": attempt(lambda: os.listdir(os.path.dirname(secret))),
+        "unlink": attempt(lambda: os.unlink(secret)),
+        "passwd": attempt(lambda: open("/etc/passwd").read()),
+        "library": attempt(lambda: open("/usr/lib/os-release").read()),
+        "execute": attempt(lambda: subprocess.run(["/usr/bin/true"])),
+        "bind": attempt(bind),
+        "connect": attempt(lambda: connect(port)),
+        "signal": attempt(lambda: os.kill(os.getppid(), 0)),
+    }
 """
+REFUSED_SINCE = {
+    1: dict.fromkeys(("read", "write", "list", "unlink", "passwd", "execute"), errno.EACCES),
+    4: dict.fromkeys(("bind", "connect"), errno.EACCES),
+    6: {"signal": errno.EPERM},
+}
+"""What is refused, by the version of Landlock from which on it is."""
 
 
-@pytest.mark.parametrize("names", ["names", "addresses"])
-async def test_a_confined_process_reads_its_program_and_no_more(tmp_path: Path, names: str) -> None:
-    secret = tmp_path / "token.pin"
-    secret.write_text("1234")
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", ATTEMPTS, str(secret), names, stdout=subprocess.PIPE, env={**os.environ}
-    )
-    output, _ = await process.communicate()
-    results = json.loads(output)
-    abi = results.pop("abi")
-    refused = "Permission denied"
-    expected = dict.fromkeys(results, "done")
-    if abi >= 1:
-        expected |= dict.fromkeys(("read", "write", "list", "unlink"), refused)
-        expected["hosts"] = "done" if names == "names" else refused
-    if abi >= 4:
-        expected["bind"] = refused
-    if abi >= 6:
-        expected["signal"] = "Operation not permitted"
-    assert results == expected
+@pytest.fixture
+def implants(tmp_path: Path) -> Iterator[Implants]:
+    with contextlib.closing(Implants(tmp_path)) as implants:
+        yield implants
 
 
-async def test_proxy_workers_are_confined_and_serve(tmp_path: Path) -> None:
-    make_site(tmp_path, KEYS)
+async def attempts(implants: Implants, pid: int, secret: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the attempts in a process came to, and what they come to where this kernel refuses all it can."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        call = f"landlock_version(), attempts({str(secret)!r}, {server.getsockname()[1]})"
+        abi, results = await asyncio.to_thread(implants.evaluate, pid, ATTEMPTS, f"({call})")
+    refused = dict.fromkeys(results, "done")
+    for since, refusals in REFUSED_SINCE.items():
+        refused |= refusals if abi >= since else {}
+    return results, refused
+
+
+async def test_from_inside_a_soft_tokens_worker_no_file_no_network_and_no_process_can_be_reached(
+    tmp_path: Path, implants: Implants, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in implants.environment.items():
+        monkeypatch.setenv(name, value)
+    files = make_soft_token(tmp_path, KEYS)
+    with soft_worker(tmp_path, files) as worker:
+        for secret in (files.pin_file, files.path):
+            results, refused = await attempts(implants, worker.process.pid, secret)
+            assert results == refused
+        with WorkerClient(worker.socket_path) as client:
+            request = SignRequest(1, 0, SignatureScheme.ECDSA_SECP256R1_SHA256, deadline_in(30), CERTIFICATE_VERIFY)
+            assert client.ask(request)[0].status is Status.OK
+
+
+@contextlib.asynccontextmanager
+async def proxy_with_implants(directory: Path, implants: Implants, server: str) -> AsyncIterator[Proxy]:
+    make_site(directory, KEYS)
     async with backend() as upstream:
-        config = site_config(tmp_path, KEYS, f"localhost:{upstream.port}")
-        async with running_proxy(tmp_path, config) as proxy:
+        config = site_config(directory, KEYS, f"{server}:{upstream.port}", workers=2)
+        async with running_proxy(directory, config, implants.environment) as proxy:
             assert await proxy.get() == (200, b"hello")
-            (confined,) = [event for event in log_events(proxy.log) if "confined" in event["event"]]
-            assert confined["process"] == "proxy-0"
-            assert (confined["event"] == "confined") == (confined["landlock"] > 0)
+            yield proxy
+
+
+@pytest.mark.parametrize("server", ["localhost", "127.0.0.1"])
+async def test_from_inside_a_proxy_worker_it_reads_its_program_and_no_more(
+    tmp_path: Path, implants: Implants, server: str
+) -> None:
+    async with proxy_with_implants(tmp_path, implants, server) as proxy:
+        results, refused = await attempts(implants, proxy.proxy_workers[0], tmp_path / "token.pin")
+        refused["connect"] = "done"
+        if server == "localhost":
+            refused["passwd"] = "done"
+        assert results == refused
+        assert await proxy.get() == (200, b"hello")
+
+
+async def test_from_inside_a_proxy_worker_no_other_worker_can_be_looked_into(
+    tmp_path: Path, implants: Implants
+) -> None:
+    async with proxy_with_implants(tmp_path, implants, "127.0.0.1") as proxy:
+        spy, sibling = proxy.proxy_workers
+        has_landlock = await asyncio.to_thread(implants.evaluate, spy, ATTEMPTS, "landlock_version() >= 1")
+        for victim in (sibling, *proxy.hsm_workers, proxy.process.pid):
+            results = await asyncio.to_thread(implants.evaluate, spy, SPY, f"spy({victim})")
+            is_kept_out = set(results.values()) <= {errno.EPERM, errno.EACCES}
+            assert is_kept_out or not has_landlock, results
+        assert "done" in spied_from_outside(sibling).values()
+
+
+def spied_from_outside(pid: int) -> dict[str, Any]:
+    """Look into a process from one of the same user that is not confined: this shows that the spy can succeed."""
+    spy = [sys.executable, "-c", f"{SPY}\nprint(json.dumps(spy({pid})))"]
+    results: dict[str, Any] = json.loads(subprocess.run(spy, capture_output=True, text=True, check=True).stdout)
+    return results
+
+
+async def test_workers_say_whether_they_are_confined(tmp_path: Path) -> None:
+    make_site(tmp_path, KEYS)
+    async with running_proxy(tmp_path, site_config(tmp_path, KEYS, "127.0.0.1:9")) as proxy:
+        said = {event["process"]: event for event in log_events(proxy.log) if "confined" in event["event"]}
+        assert said.keys() == {"proxy-0", "hsm-worker-local"}
+        for event in said.values():
+            assert (event["event"] == "confined") == (event["landlock"] > 0)
