@@ -86,7 +86,8 @@ BYTES = Family(
 HTTP_REQUESTS = Family(
     "tlsproxy_http_requests_total",
     Kind.COUNTER,
-    "Requests answered, by an upstream or, with upstream empty, by the proxy itself.",
+    "Requests answered, by an upstream or, with upstream empty, by the proxy itself; code 499 is a client that left "
+    "before.",
     ("listener", "upstream", "method", "code"),
     max_label_sets=1024,
 )

@@ -160,7 +160,7 @@ def _origin_fields(request: RequestHead, hop: Hop, host: bytes) -> bytes:
             b"%b, %b" % (said[b"x-forwarded-for"], hop.client_ip) if b"x-forwarded-for" in said else hop.client_ip,
             said.get(b"x-forwarded-proto", hop.proto),
             said.get(b"x-forwarded-host", host),
-            said.get(b"x-request-id", hop.request_id),
+            request_id(request, hop.request_id, trusted=hop.trusted),
         )
     ]
     if b"x-forwarded-port" in said:
@@ -173,6 +173,12 @@ def _origin_fields(request: RequestHead, hop: Hop, host: bytes) -> bytes:
         element = b"for=%b;host=%b;proto=%b" % (node, quoted_host, hop.proto)
         out.append(b"Forwarded: %b\r\n" % (element if before is None else b"%b, %b" % (before, element)))
     return b"".join(out)
+
+
+def request_id(request: RequestHead, own: bytes, *, trusted: bool) -> bytes:
+    """Return the X-Request-ID that the server is sent: `own`, or what a `trusted` peer has said."""
+    said = [value for lower, _, value in request.fields if lower == b"x-request-id" and value] if trusted else ()
+    return b", ".join(said) or own
 
 
 def client_address(request: RequestHead, peer: str, is_trusted: Callable[[str], bool]) -> str:

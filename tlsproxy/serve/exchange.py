@@ -17,7 +17,7 @@ from tlsproxy.errors import UpstreamError
 from tlsproxy.http.affinity import hash_key
 from tlsproxy.http.chunks import chunk, last_chunk
 from tlsproxy.http.codec import RequestHead, ResponseHead, ResponseReader
-from tlsproxy.http.forwarding import Hop, request_head, response_head
+from tlsproxy.http.forwarding import Hop, request_head, request_id, response_head
 from tlsproxy.http.pace import Pace
 from tlsproxy.http.routing import Route
 from tlsproxy.http.syntax import Field
@@ -55,6 +55,7 @@ class Exchange:
         "pace",
         "request",
         "route",
+        "server",
         "started_s",
         "trace",
         "upstream",
@@ -72,6 +73,8 @@ class Exchange:
         self.request = request
         self.route = route
         self.upstream = upstream
+        self.server: Server | None = None
+        """To which the request was sent last."""
         self.trace = trace
         self.started_s = monotonic()
         self.pace: Pace | None = None
@@ -95,6 +98,11 @@ class Exchange:
     def status(self) -> int:
         """Status of the response, 0 before it has come."""
         return self._response.status if self._response is not None else 0
+
+    @property
+    def request_id(self) -> bytes:
+        """What the server is told as X-Request-ID."""
+        return request_id(self.request, self._request_id, trusted=self._client.peer_is_trusted)
 
     @property
     def request_ended(self) -> bool:
@@ -125,14 +133,12 @@ class Exchange:
         self._flush()
 
     def cancel(self) -> None:
-        """The client is gone: let go of everything."""
+        """Let go of everything: the client is gone, or has been answered already."""
         if self._connection is None:
             self.upstream.cancel(self)
         else:
             self._connection.abort()
             self._connection = None
-        if self.trace is not None:
-            self.trace.ended(0, "client_closed")
 
     def client_drained(self) -> None:
         """The client can take more of the response."""
@@ -153,6 +159,7 @@ class Exchange:
     def upstream_ready(self, connection: UpstreamConnection) -> None:
         """Send what there is of the request."""
         self._connection = connection
+        self.server = connection.server
         client = self._client
         hop = Hop(
             client.client_ip_bytes,

@@ -31,6 +31,9 @@ STEPS_PER_TURN = 16
 DRAIN_IDLE_S = 2.0
 """How long a connection without a request is kept once the proxy drains."""
 
+CLIENT_CLOSED = 499
+"""What is counted and logged as the status of a request whose client left before the response began, as nginx does."""
+
 ACCESS_LOG = "tlsproxy.access"
 _requests = EventLog(ACCESS_LOG, "request")
 
@@ -141,6 +144,7 @@ class HttpConnection(ClientConnection):
         if exchange is not None:
             self._exchange = None
             exchange.cancel()
+            self._record(exchange.request, exchange.status or CLIENT_CLOSED, exchange, reason="client_closed")
         elif self._tunnel is not None:
             self._tunnel.close()
 
@@ -174,7 +178,7 @@ class HttpConnection(ClientConnection):
         assert exchange is not None
         self._exchange = None
         self.resume(PauseReason.UPSTREAM)
-        self._record_exchange(exchange)
+        self._record(exchange.request, exchange.status, exchange)
         self._next(keep_alive=keep_alive)
 
     def protocol_switched(self, connection: UpstreamConnection, data: bytes) -> None:
@@ -182,7 +186,7 @@ class HttpConnection(ClientConnection):
         exchange = self._exchange
         assert exchange is not None
         self._exchange = None
-        self._record_exchange(exchange)
+        self._record(exchange.request, 101, exchange)
         tunnel = self._tunnel = Tunnel(self, exchange.upstream)
         if ahead := self._reader.take_buffered():
             tunnel.client_data(ahead)
@@ -201,7 +205,7 @@ class HttpConnection(ClientConnection):
         self._exchange = None
         self.resume(PauseReason.UPSTREAM)
         if exchange.status:
-            self._record_exchange(exchange, error.reason)
+            self._record(exchange.request, exchange.status, exchange, reason=error.reason)
             self.abort()
             return
         self._reply_for(exchange, error, keep_alive=keep_alive)
@@ -282,7 +286,7 @@ class HttpConnection(ClientConnection):
         if route is None or route.config.upstream is None:
             keep_alive = request.keep_alive and not request.has_body and not runtime.draining
             if route is None:
-                self._reply(request, 404, monotonic(), keep_alive=keep_alive, trace=trace)
+                self._reply(request, 404, keep_alive=keep_alive, trace=trace)
             else:
                 self._redirect(request, route, trace, keep_alive=keep_alive)
             if not keep_alive:
@@ -310,11 +314,11 @@ class HttpConnection(ClientConnection):
         assert redirect is not None
         location = redirect_location(redirect, request)
         if location is None:
-            self._reply(request, 400, monotonic(), keep_alive=keep_alive, route=route, trace=trace)
+            self._reply(request, 400, keep_alive=keep_alive, route=route, trace=trace)
             return
         fields = route.response_rules.appended
         self.send(redirect_reply(redirect.status, location, keep_alive=keep_alive, fields=fields))
-        self._record(request, "", redirect.status, monotonic(), trace)
+        self._record(request, redirect.status, trace=trace)
 
     def _next(self, *, keep_alive: bool) -> None:
         """Go on with the next request, or close."""
@@ -345,25 +349,27 @@ class HttpConnection(ClientConnection):
     def _refuse(self, error: HttpError) -> None:
         """Answer a request that broke a rule or a limit, and close: where the next one starts is not known."""
         self.runtime.metrics.count_rejected(error.reason)
-        exchange = self._exchange
-        if exchange is not None and exchange.status:
-            self.abort()
+        exchange, self._exchange = self._exchange, None
+        if exchange is None:
+            self._reply(None, error.status, keep_alive=False, reason=error.reason)
+            self.finish()
             return
-        if exchange is not None:
-            self._reply_for(exchange, error, keep_alive=False)
+        exchange.cancel()
+        if exchange.status:
+            self._record(exchange.request, exchange.status, exchange, reason=error.reason)
+            self.abort()
         else:
-            self._reply(None, error.status, monotonic(), keep_alive=False, reason=error.reason)
-        self.finish()
+            self._reply_for(exchange, error, keep_alive=False)
+            self.finish()
 
     def _reply_for(self, exchange: Exchange, error: HttpError | UpstreamError, *, keep_alive: bool) -> None:
         """Answer in the upstream's place."""
         self._reply(
             exchange.request,
             error.status,
-            exchange.started_s,
             keep_alive=keep_alive,
             route=exchange.route,
-            trace=exchange.trace,
+            exchange=exchange,
             reason=error.reason,
         )
 
@@ -371,48 +377,53 @@ class HttpConnection(ClientConnection):
         self,
         request: RequestHead | None,
         status: int,
-        started_s: float,
         *,
         keep_alive: bool,
         route: Route | None = None,
-        trace: RequestTrace | None = None,
+        exchange: Exchange | None = None,
         reason: str = "",
+        trace: RequestTrace | None = None,
     ) -> None:
         head_only = request is not None and request.method == b"HEAD"
         fields = b"" if route is None else route.response_rules.always
         self.send(own_reply(status, keep_alive=keep_alive, head_only=head_only, fields=fields))
-        self._record(request, "", status, started_s, trace, reason)
-
-    def _record_exchange(self, exchange: Exchange, reason: str = "") -> None:
-        name, started_s = exchange.upstream.name, exchange.started_s
-        self._record(exchange.request, name, exchange.status, started_s, exchange.trace, reason)
+        self._record(request, status, exchange, reason=reason, trace=trace)
 
     def _record(
         self,
         request: RequestHead | None,
-        upstream: str,
         status: int,
-        started_s: float,
-        trace: RequestTrace | None,
+        exchange: Exchange | None = None,
+        *,
         reason: str = "",
+        trace: RequestTrace | None = None,
     ) -> None:
         """Count and log a request that has ended; `reason` is why it failed, if it did."""
-        duration_s = monotonic() - started_s
-        method = request.method if request is not None else b""
+        now_s = monotonic()
+        duration_s = 0.0
+        upstream = ""
+        if exchange is not None:
+            duration_s = now_s - exchange.started_s
+            trace = exchange.trace
+            if exchange.status or status == CLIENT_CLOSED:
+                upstream = exchange.upstream.name
+        method = b"" if request is None else request.method
         self.runtime.metrics.count_request(upstream, method, status, duration_s)
-        if _requests.takes():
-            _requests.write(
-                {
-                    "client": self.client_ip,
-                    "method": method.decode("ascii"),
-                    "host": request.host_name if request is not None else None,
-                    "target": request.target.decode("ascii") if request is not None else None,
-                    "status": status,
-                    "reason": reason or None,
-                    "upstream": upstream or None,
-                    "duration_s": round(duration_s, 6),
-                    "trace_id": None if trace is None else trace.recorded_id,
-                }
-            )
+        if _requests.takes(now_s):
+            fields = {
+                "client": self.client_ip,
+                "method": method.decode("ascii"),
+                "host": None if request is None else request.host_name,
+                "target": None if request is None else request.target.decode("ascii"),
+                "status": status,
+                "reason": reason or None,
+                "upstream": upstream or None,
+                "duration_s": round(duration_s, 6),
+                "trace_id": None if trace is None else trace.recorded_id,
+            }
+            if exchange is not None:
+                fields["server"] = None if exchange.server is None else str(exchange.server.address)
+                fields["request_id"] = exchange.request_id.decode("latin-1")
+            _requests.write(fields)
         if trace is not None:
-            trace.ended(status)
+            trace.ended(status, reason)
