@@ -21,7 +21,7 @@ from tlsproxy import metrics
 from tlsproxy.metrics import Merged, StoreCollector, merge_stores
 from tlsproxy.serve.anatomy import SlowHandshake, slowest
 from tlsproxy.serve.generation import Generation
-from tlsproxy.serve.rates import COUNTED, SAMPLES, Reading, Span, handshakes_lately
+from tlsproxy.serve.rates import SAMPLED, SAMPLES, Reading, Span, handshakes_lately
 from tlsproxy.serve.snapshot import CertificateView, ListenerView, ServerView, Snapshot, UpstreamView, WorkerView
 from tlsproxy.serve.status import status_document
 from tlsproxy.tls._openssl import LIBRARY_VERSION
@@ -102,9 +102,7 @@ class Figures:
         """Return the state of the whole."""
         current = self._generations()[0]
         said = _said_by_workers(current)
-        handshakes = merge_stores(
-            self._counting_fds(), {family.name: family for family in (metrics.HANDSHAKES, metrics.CONNECTIONS)}
-        )
+        lately = self._last_minute()
         return Snapshot(
             version=tlsproxy.__version__,
             workers=tuple(WorkerView(worker.index, worker.pid, worker.ready) for worker in current.workers),
@@ -121,26 +119,14 @@ class Figures:
                 )
                 for name, material in current.materials.items()
             ),
-            listeners=tuple(_listener_view(str(listener.address), handshakes) for listener in current.config.listeners),
-            upstreams=self._upstream_views(current, said),
-        )
-
-    def _upstream_views(self, current: Generation, said: Mapping[_Gauge, Sequence[bool]]) -> tuple[UpstreamView, ...]:
-        ejections = self._last_minute().increases(metrics.UPSTREAM_EJECTIONS)
-
-        def view(upstream: str, address: str) -> ServerView:
-            labels = (upstream, address)
-            ups = said.get((metrics.UPSTREAM_SERVER_UP.name, labels), ())
-            (ejected,) = ejections.get(labels, (0.0,))
-            return ServerView(address, len(ups), sum(ups), int(ejected))
-
-        return tuple(
-            UpstreamView(upstream.name, tuple(view(upstream.name, str(server.address)) for server in upstream.servers))
-            for upstream in current.config.upstreams
+            listeners=tuple(
+                _listener_view(str(listener.address), lately.now.merged) for listener in current.config.listeners
+            ),
+            upstreams=_upstream_views(current, said, lately),
         )
 
     def _sample(self) -> Reading:
-        return Reading(monotonic(), merge_stores(self._counting_fds(), COUNTED))
+        return Reading(monotonic(), merge_stores(self._counting_fds(), SAMPLED))
 
     def _last_minute(self) -> Span:
         now = self._sample()
@@ -173,7 +159,24 @@ def _said_by_workers(generation: Generation) -> dict[_Gauge, list[bool]]:
     return said
 
 
-def _listener_view(address: str, merged: Mapping[str, Mapping[tuple[str, ...], tuple[float, ...]]]) -> ListenerView:
+def _upstream_views(
+    generation: Generation, said: Mapping[_Gauge, Sequence[bool]], lately: Span
+) -> tuple[UpstreamView, ...]:
+    ejections = lately.increases(metrics.UPSTREAM_EJECTIONS)
+
+    def view(upstream: str, address: str) -> ServerView:
+        labels = (upstream, address)
+        ups = said.get((metrics.UPSTREAM_SERVER_UP.name, labels), ())
+        (ejected,) = ejections.get(labels, (0.0,))
+        return ServerView(address, len(ups), sum(ups), int(ejected))
+
+    return tuple(
+        UpstreamView(upstream.name, tuple(view(upstream.name, str(server.address)) for server in upstream.servers))
+        for upstream in generation.config.upstreams
+    )
+
+
+def _listener_view(address: str, merged: Merged) -> ListenerView:
     results = {True: 0.0, False: 0.0}
     for (listener, result, *_), (count,) in merged[metrics.HANDSHAKES.name].items():
         if listener == address:

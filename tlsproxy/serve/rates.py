@@ -13,12 +13,13 @@ from tlsproxy.serve.anatomy import PHASES
 SAMPLE_INTERVAL_S = 5.0
 SAMPLES = 13
 """The oldest is a minute old."""
-COUNTED = {
+SAMPLED = {
     family.name: family
     for family in (
         metrics.HANDSHAKES,
         metrics.HANDSHAKE_DURATION,
         metrics.HANDSHAKE_PHASE_DURATION,
+        metrics.CONNECTIONS,
         metrics.UPSTREAM_EJECTIONS,
     )
 }

@@ -5,7 +5,7 @@ import pytest
 from hsm.metricstore import Family
 from tlsproxy import metrics
 from tlsproxy.metrics import Merged
-from tlsproxy.serve.rates import COUNTED, Quantiles, Reading, Span, handshakes_lately
+from tlsproxy.serve.rates import SAMPLED, Quantiles, Reading, Span, handshakes_lately
 
 DURATION = metrics.HANDSHAKE_DURATION
 SHARES = (0.5, 0.95, 0.99)
@@ -13,7 +13,7 @@ LabelSets = dict[tuple[str, ...], tuple[float, ...]]
 
 
 def merged(family: Family, label_sets: LabelSets) -> Merged:
-    return {**{name: {} for name in COUNTED}, family.name: label_sets}
+    return {**{name: {} for name in SAMPLED}, family.name: label_sets}
 
 
 def handshakes(**counts: float) -> Merged:
