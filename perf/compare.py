@@ -35,10 +35,9 @@ RUNS: dict[str, tuple[ModuleType, str]] = {
     "resumed": (handshakes, "--key-type ecdsa-p256 --resumed --turns 3 --seconds 1"),
     "requests": (requests, "--turns 5 --seconds 1"),
     "Python peers": (requests, f"{_PYTHON_SERVERS} --turns 2 --seconds 1"),
-    "bulk": (bulk, "--turns 4 --seconds 1"),
-    "bulk uploads": (bulk, "--upload --turns 4 --seconds 1"),
+    "bulk": (bulk, "--turns 3 --seconds 1"),
     "Python peers, bulk": (bulk, f"{_PYTHON_SERVERS} --turns 2 --seconds 1"),
-    "Python peers, bulk uploads": (bulk, f"--upload {_PYTHON_SERVERS} --turns 2 --seconds 1"),
+    "bulk uploads": (bulk, f"--upload {_PYTHON_SERVERS} --server haproxy --turns 3 --seconds 1"),
     "idle": (idle, "--server nginx --server tlsproxy"),
     "capacity": (capacity, "--validate"),
 }
