@@ -31,8 +31,8 @@ TEXTS = {document.name: document.read_text() for document in DOCUMENTS}
 _FAMILIES = {**PROXY_FAMILIES, **HSM_FAMILIES}
 _NOT_METRICS = {"hsm_unavailable", "hsm_user"}
 """A value of the label `result`, and a key of the configuration."""
-_SPAN_ATTRIBUTES = {"tls.cipher"}
-"""Named in tracing.md as sections and keys are."""
+_NOT_KEYS = {"tls.cipher", "hsm.pin"}
+"""Named as sections and keys are: a span's attribute, a file."""
 _MAIN = {"tlsproxy": tlsproxy.cli.main, "hsm": hsm.cli.main}
 
 
@@ -164,7 +164,7 @@ def test_every_configuration_key_named_exists(name: str) -> None:
     """What is shown as `section.key` or as `key: value`."""
     sections = _keys_by_section()
     keys = set().union(*sections.values())
-    shown = set(re.findall(r"`([^`\n]+)`", TEXTS[name])) - _SPAN_ATTRIBUTES
+    shown = set(re.findall(r"`([^`\n]+)`", TEXTS[name])) - _NOT_KEYS
     dotted = {tuple(text.split(".")) for text in shown if re.fullmatch(r"[a-z_]+\.[a-z_]+", text)}
     assert {(section, key) for section, key in dotted if section in sections and key not in sections[section]} == set()
     assert {match[1] for text in shown if (match := re.match(r"([a-z_]+): ", text))} <= keys
