@@ -369,23 +369,25 @@ async def test_one_stalled_worker_of_two_does_not_discredit_the_token(rig):
     assert not workers[0].stalled
 
 
-async def fill_hedge_budget(rig: Rig, workers: list[WorkerConnection]) -> None:
-    for _ in range(200):
+def hedged(rig: Rig) -> tuple[Request, WorkerConnection, WorkerConnection]:
+    """Return a request that its worker has not answered for so long that another has got it, and both workers."""
+    workers = [rig.worker(0), rig.worker(1)]
+    for _ in range(200):  # which earns what a hedge costs
         rig.ask()
         rig.now_ns += MS
         for worker in workers:
             rig.answer(worker, *rig.sent(worker))
-
-
-async def test_a_slow_request_is_hedged_once_and_the_first_answer_counts(rig):
-    rig = rig("a", "b")
-    workers = [rig.worker(0), rig.worker(1)]
-    await fill_hedge_budget(rig, workers)
     (request,) = rig.ask()
     (slow,) = (worker for worker in workers if worker.in_flight)
     (other,) = (worker for worker in workers if worker is not slow)
     rig.now_ns += 40 * MS
     rig.sweep.run()
+    return request, slow, other
+
+
+async def test_a_slow_request_is_hedged_once_and_the_first_answer_counts(rig):
+    rig = rig("a", "b")
+    request, slow, other = hedged(rig)
     rig.sweep.run()
     assert request.in_flight == 2
     rig.answer(other, *rig.sent(other))
@@ -397,13 +399,7 @@ async def test_a_slow_request_is_hedged_once_and_the_first_answer_counts(rig):
 
 async def test_an_error_of_a_hedged_request_leaves_it_to_the_other_token(rig):
     rig = rig("a", "b")
-    workers = [rig.worker(0), rig.worker(1)]
-    await fill_hedge_budget(rig, workers)
-    (request,) = rig.ask()
-    (slow,) = (worker for worker in workers if worker.in_flight)
-    (other,) = (worker for worker in workers if worker is not slow)
-    rig.now_ns += 40 * MS
-    rig.sweep.run()
+    request, slow, other = hedged(rig)
     rig.answer(other, *rig.sent(other), status=Status.ERROR, payload=b"CKR_GENERAL_ERROR")
     assert not request.future.done()
     rig.answer(slow, *rig.sent(slow))
