@@ -71,7 +71,11 @@ def _state(document: Document) -> Line:
     workers = document["workers"]
     ready = sum(worker["ready"] for worker in workers)
     text = f"tlsproxy {document['version']}   {state}   {ready} of {len(workers)} proxy workers"
-    return Line(text, heading=True, bad=not document["ready"])
+    servers = [server for upstream in document["upstreams"] for server in upstream["servers"]]
+    down = sum(not server["up"] for server in servers)
+    if down:
+        text += f"   {down} of {len(servers)} upstream servers DOWN"
+    return Line(text, heading=True, bad=not document["ready"] or down > 0)
 
 
 def _handshakes(document: Document) -> list[Line]:
@@ -142,7 +146,7 @@ def _upstreams(document: Document) -> list[Line]:
         ]
         rows.append((cells, item["errors"] > 0 or up < len(servers)))
         troubled += [
-            ([server["address"], item["name"], server["state"], str(server["ejections"])], True)
+            ([server["address"], item["name"], server["state"].replace("down", "DOWN"), str(server["ejections"])], True)
             for server in servers
             if not server["up"] or server["ejections"]
         ]

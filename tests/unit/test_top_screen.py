@@ -108,10 +108,13 @@ def test_servers_in_trouble_are_named() -> None:
     assert bad
     assert "2 of 4 up" in text
     assert [text.split(maxsplit=2)[2].rsplit(maxsplit=1) for text, bad in lines if text.startswith("10.") and bad] == [
-        ["down", "0"],
+        ["DOWN", "0"],
         ["up", "2"],
-        ["down in 1 of 2 workers", "1"],
+        ["DOWN in 1 of 2 workers", "1"],
     ]
+    text, bad = line_with("tlsproxy 9", lines)
+    assert bad
+    assert text.endswith("2 of 4 upstream servers DOWN")
 
 
 def test_it_fits() -> None:
