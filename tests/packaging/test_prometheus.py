@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from pathlib import Path
 
 import yaml
 
@@ -34,6 +35,17 @@ def test_promtool_finds_nothing() -> None:
     ):
         done = subprocess.run(["promtool", *command], cwd=DIRECTORY, capture_output=True, text=True)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+def test_queries_that_documents_show_are_sound(tmp_path: Path) -> None:
+    text = "".join(document.read_text() for document in sorted((ROOT / "docs").glob("*.md")))
+    blocks = re.findall(r"^ *```promql\n(.*?)\n *```", text, re.MULTILINE | re.DOTALL)
+    queries = [line.strip() for block in blocks for line in block.splitlines()]
+    assert len(queries) > 3
+    rules = [{"record": f"shown:{number}", "expr": query} for number, query in enumerate(queries)]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "shown", "rules": rules}]}))
+    done = subprocess.run(["promtool", "check", "rules", "rules.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
 def test_every_metric_and_label_asked_for_exists() -> None:
