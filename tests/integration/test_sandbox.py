@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -132,6 +133,15 @@ async def test_from_inside_a_proxy_worker_no_other_worker_can_be_looked_into(
             is_kept_out = set(results.values()) <= {errno.EPERM, errno.EACCES}
             assert is_kept_out or not has_landlock, results
         assert "done" in spied_from_outside(sibling).values()
+
+
+async def test_a_proxy_workers_loop_has_a_descriptor_to_spare(tmp_path: Path, implants: Implants) -> None:
+    async with proxy_with_implants(tmp_path, implants, "127.0.0.1") as proxy:
+        process = Path(f"/proc/{proxy.proxy_workers[0]}")
+        nulls = [path.name for path in (process / "fd").iterdir() if os.readlink(path) == os.devnull]
+        # Others of its descriptors lead there too, but those can be written to.
+        flags = [(process / "fdinfo" / name).read_text().split()[3] for name in nulls]
+        assert [flag for flag in flags if int(flag, 8) & os.O_ACCMODE == os.O_RDONLY]
 
 
 def spied_from_outside(pid: int) -> dict[str, Any]:

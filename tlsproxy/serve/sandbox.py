@@ -7,6 +7,7 @@ affected.
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,9 @@ def confine(*, resolves_names: bool) -> int:
 
 
 def _own_paths() -> Iterator[str]:
-    """Our modules, and what OpenSSL reads of its own."""
+    """Our modules, and what libuv and OpenSSL read of their own."""
     yield str(Path(tlsproxy.__file__).parent)
+    # libuv keeps it open, to have a descriptor to spare when they run out; if it can't, it tries with every connection.
+    yield os.devnull
     openssl = ssl.get_default_verify_paths()
     yield from filter(None, (openssl.cafile, openssl.capath, "/etc/ssl/openssl.cnf"))
