@@ -79,8 +79,8 @@ class ClientConnection(asyncio.Protocol, ABC):
     """One client."""
 
     __slots__ = (
-        "_eof_received",
         "_handshake",
+        "_input_ended",
         "_last_unread",
         "_negotiated",
         "_paused",
@@ -113,7 +113,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         self._handshake: Handshake | None = None
         self._negotiated: HandshakeComplete | None = None
         self._last_unread = 0
-        self._eof_received = False
+        self._input_ended = False
 
     # What a subclass does.
 
@@ -216,7 +216,7 @@ class ClientConnection(asyncio.Protocol, ABC):
 
     def eof_received(self) -> bool:
         """End, unless the client had said close_notify and an answer is still due (True: keep the transport)."""
-        self._eof_received = True
+        self._input_ended = True
         if self.phase is Phase.HANDSHAKE:
             self._end_handshake("client_closed", "the client closed the connection")
         elif self.phase is Phase.OPEN:
@@ -346,10 +346,11 @@ class ClientConnection(asyncio.Protocol, ABC):
         The kernel takes up to some megabytes, and then nothing for minutes if the client is slow but sound.
         """
         transport = self._transport
+        in_transport = transport.get_write_buffer_size()
         if transport.is_closing():
-            return 0
+            return in_transport
         in_kernel = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-        return transport.get_write_buffer_size() + int.from_bytes(in_kernel, sys.byteorder)
+        return in_transport + int.from_bytes(in_kernel, sys.byteorder)
 
     # What the handshake calls.
 
@@ -366,6 +367,7 @@ class ClientConnection(asyncio.Protocol, ABC):
             elif self.phase is not Phase.OPEN:
                 continue
             elif type(event) is CloseNotify:
+                self._input_ended = True
                 self.input_ended()
             elif type(event) is ConnectionFailed:
                 self._leave_open()
@@ -403,16 +405,21 @@ class ClientConnection(asyncio.Protocol, ABC):
             self._transport.write(data)
 
     def _linger(self) -> None:
-        """Send what is left, then our end of output, and throw away what still comes until the client closes too."""
+        """Send what is left, then our end of output, and throw away what still comes until the client closes too.
+
+        A client that has ended its output is not waited for: nothing of it can come and have the kernel reset what it
+        has not read yet.
+        """
         transport = self._transport
         if transport.is_closing():
             return
         self._flush()
-        if self._eof_received:
+        self.deadline = monotonic() + LINGER_S
+        if self._input_ended:
+            self._last_unread = transport.get_write_buffer_size()
             transport.close()
             return
         self.phase = Phase.LINGERING
-        self.deadline = monotonic() + LINGER_S
         self._last_unread = self._unread_bytes() + 1
         transport.write_eof()
         if self._paused:

@@ -9,6 +9,7 @@ import pytest
 from tests.backends import BackendConnection, backend, ok
 from tests.dataplane import TlsClient, data_plane, until
 from tlsproxy.serve import client as client_module
+from tlsproxy.serve.client import Phase
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +65,41 @@ async def test_a_client_that_has_ended_is_not_waited_for() -> None:
         client.send_close_notify()
         client.writer.write_eof()
         assert (await client.response()).body == b"hello"
+        await until(lambda: proxy.runtime.connections == 0)
+
+
+async def test_nor_is_one_that_has_said_so_in_tls_alone() -> None:
+    async with backend() as app, data_plane(app.port) as proxy:
+        client = await proxy.connect()
+        await client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        client.send_close_notify()
+        assert (await client.response()).body == b"hello"
+        await client.until_end()
+        assert client.end == "close_notify"
+        assert await client.reader.read() == b""
+        await until(lambda: proxy.runtime.connections == 0)
+
+
+async def test_but_what_it_does_not_read_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "LINGER_S", 0.01)
+
+    async def more_than_the_kernel_takes(upstream: BackendConnection) -> None:
+        await upstream.head()
+        await upstream.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while not connection._transport.get_write_buffer_size():
+            await upstream.send(b"2000\r\n" + bytes(0x2000) + b"\r\n")
+            await asyncio.sleep(0)
+        await upstream.send(b"0\r\n\r\n")
+
+    async with backend(more_than_the_kernel_takes) as app, data_plane(app.port) as proxy:
+        client = await proxy.connect()
+        (connection,) = proxy.runtime._open
+        await client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        client.send_close_notify()
+        await until(lambda: connection.phase is Phase.CLOSED)
+        assert proxy.runtime.connections == 1
+        await asyncio.sleep(0.05)
+        proxy.sweep()
         await until(lambda: proxy.runtime.connections == 0)
 
 
