@@ -168,8 +168,13 @@ async def test_it_shows_the_figures_and_keeps_up_with_them(tmp_path: Path, brows
             await until(lambda: browser.text("#state") == "Ready", "connected")
             await until(lambda: "full 0," not in browser.label("rates"), "handshakes are counted")
             await until(lambda: " ms" in browser.label("duration"), "durations are measured")
+            browser.run(
+                "window.said = 0; new MutationObserver(() => window.said++).observe("
+                "  document.querySelector('[role=status]'), { childList: true, characterData: true, subtree: true });"
+            )
             first = browser.label("duration")
             await until(lambda: browser.label("duration") != first, "an update")
+            assert browser.run("return window.said") == 0  # a screen reader would say it each second
             await until(
                 lambda: browser.run("return document.querySelector('#phases path.s3').getAttribute('d').length") > 20,
                 "a line",
@@ -283,6 +288,8 @@ async def test_trouble_is_said_in_text_that_is_readable_and_so_are_figures_that_
         assert browser.cells("Tokens")[1] == "down"
         assert browser.cells("Upstream servers")[1] == "down"
         assert await asyncio.to_thread(browser.contrasts_too_low) == []
+        browser.resize(PHONE)
+        assert browser.run("return document.documentElement.scrollWidth") == PHONE[0]
     await until(lambda: browser.text("#state").startswith("Reconnecting; the figures are of "), "they are old")
     assert browser.contrasts_too_low() == []
     assert browser.run("return document.querySelectorAll('img').length") == 0

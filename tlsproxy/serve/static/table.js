@@ -30,21 +30,24 @@ export class Table {
     while (this.body.rows.length > rows.length) this.body.deleteRow(-1);
     rows.forEach((cells, number) => {
       const row = this.body.rows[number] ?? this.body.insertRow();
-      while (row.cells.length > cells.length) row.deleteCell(-1);
+      if (row.cells.length !== cells.length) this.makeCells(row, cells.length);
       cells.forEach((content, index) => {
         const [text, look] = Array.isArray(content) ? content : [content, ""];
-        const cell = row.cells[index] ?? (index ? row.insertCell() : rowHeading(row));
+        const cell = row.cells[index];
         if (cell.textContent !== text) cell.textContent = text;
         const name = [this.numeric[index] ? "number" : "", look].join(" ").trim();
         if (cell.className !== name) cell.className = name;
       });
-      row.cells[0].colSpan = cells.length === 1 ? this.numeric.length : 1;
     });
   }
-}
 
-function rowHeading(row) {
-  const cell = row.appendChild(document.createElement("th"));
-  cell.scope = "row";
-  return cell;
+  makeCells(row, count) {
+    row.replaceChildren();
+    if (count === 1) {
+      row.insertCell().colSpan = this.numeric.length;
+      return;
+    }
+    row.appendChild(document.createElement("th")).scope = "row";
+    for (let index = 1; index < count; index++) row.insertCell();
+  }
 }
