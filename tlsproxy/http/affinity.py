@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tlsproxy.config import HashConfig, HashSource
-from tlsproxy.http.codec import RequestHead
+from tlsproxy.http.heads import RequestHead
 
 
 def hash_key(request: RequestHead, config: HashConfig, client_address: str) -> bytes:

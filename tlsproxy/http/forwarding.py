@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from tlsproxy.config import HeaderRules
-from tlsproxy.http.codec import RequestHead, ResponseHead
+from tlsproxy.http.heads import RequestHead, ResponseHead
 
 _HOP_BY_HOP = frozenset(
     (

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tlsproxy.config import HstsConfig, RedirectConfig, RouteConfig
-from tlsproxy.http.codec import RequestHead
 from tlsproxy.http.forwarding import RequestRules, ResponseRules
+from tlsproxy.http.heads import RequestHead
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ from tlsproxy.config import HashConfig, ProxyProtocol
 from tlsproxy.errors import UpstreamError
 from tlsproxy.http.affinity import hash_key
 from tlsproxy.http.chunks import chunk, last_chunk
-from tlsproxy.http.codec import RequestHead, ResponseHead, ResponseReader
+from tlsproxy.http.codec import ResponseReader
 from tlsproxy.http.forwarding import Hop, request_head, request_id, response_head
+from tlsproxy.http.heads import RequestHead, ResponseHead
 from tlsproxy.http.pace import Pace
 from tlsproxy.http.routing import Route
 from tlsproxy.http.syntax import Field

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from hsm.logs import EventLog
 from tlsproxy.errors import HttpError, UpstreamError
-from tlsproxy.http.codec import RequestHead, RequestReader
+from tlsproxy.http.codec import RequestReader
 from tlsproxy.http.forwarding import client_address
+from tlsproxy.http.heads import RequestHead
 from tlsproxy.http.pace import Pace
 from tlsproxy.http.replies import own_reply, redirect_reply
 from tlsproxy.http.routing import Route, redirect_location

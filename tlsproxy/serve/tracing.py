@@ -35,7 +35,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 import tlsproxy
 from tlsproxy.config import UnixAddress
-from tlsproxy.http.codec import RequestHead
+from tlsproxy.http.heads import RequestHead
 from tlsproxy.http.routing import Route
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ import h11
 import pytest
 
 from tlsproxy.errors import HttpError
-from tlsproxy.http.codec import RequestHead, RequestReader
+from tlsproxy.http.codec import RequestReader
+from tlsproxy.http.heads import RequestHead
 
 
 def read(data: bytes, header_bytes: int = 4096) -> tuple[RequestHead, RequestReader]:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from tlsproxy.errors import UpstreamError
-from tlsproxy.http.codec import ResponseHead, ResponseReader
+from tlsproxy.http.codec import ResponseReader
+from tlsproxy.http.heads import ResponseHead
 
 
 def read(data: bytes, method: bytes = b"GET") -> tuple[ResponseHead, ResponseReader]:

@@ -4,8 +4,9 @@ import pytest
 
 from tests.routes import NO_RULES
 from tlsproxy.config import HeaderRules
-from tlsproxy.http.codec import RequestHead, RequestReader, ResponseReader
+from tlsproxy.http.codec import RequestReader, ResponseReader
 from tlsproxy.http.forwarding import Hop, RequestRules, ResponseRules, client_address, request_head, response_head
+from tlsproxy.http.heads import RequestHead
 from tlsproxy.http.replies import own_reply, redirect_reply
 
 HOP = Hop(b"192.0.2.7", b"https", b"0123", b"127.0.0.1:8000", trusted=False, forwarded=False)

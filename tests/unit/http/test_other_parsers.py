@@ -18,8 +18,9 @@ import yaml
 from tlsproxy.config import HeaderRules
 from tlsproxy.errors import HttpError, UpstreamError
 from tlsproxy.http.chunks import chunk, last_chunk
-from tlsproxy.http.codec import RequestHead, RequestReader, ResponseReader
+from tlsproxy.http.codec import RequestReader, ResponseReader
 from tlsproxy.http.forwarding import Hop, RequestRules, request_head
+from tlsproxy.http.heads import RequestHead
 
 CORPUS = Path(__file__).parents[2] / "conformance" / "requests.yaml"
 SPICE = [b"\r", b"\n", b"\r\n", b" ", b"\t", b"\0", b":", b",", b";", b"0", b"5", b"\x80", b"Host: h\r\n", b"a", b"-"]
