@@ -348,8 +348,10 @@ def test_tracing_has_defaults_and_a_path_where_none_is_given() -> None:
         ("{}", "tracing: expected the key 'endpoint'; got none"),
         (
             "{endpoint: 'http://user:pass@host:4318'}",
-            "tracing.endpoint: expected a URL such as http://127.0.0.1:4318/v1/traces, without user and password; got "
-            "other text",
+            (
+                "tracing.endpoint: expected a URL such as http://127.0.0.1:4318/v1/traces, without user and password; "
+                "got other text"
+            ),
         ),
         (
             "{endpoint: 'http://h', sample: 1.1}",
