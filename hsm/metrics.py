@@ -39,7 +39,11 @@ PENDING = Family(
     ("token",),
 )
 SHED = Family("hsm_shed_total", Kind.COUNTER, "Requests refused at once, before any token saw them.", ("reason",))
-RETRIES = Family("hsm_retries_total", Kind.COUNTER, "Requests sent again after a worker died or a token failed.")
+RETRIES = Family(
+    "hsm_retries_total",
+    Kind.COUNTER,
+    "Requests sent again after a worker died, a token failed, or an answer was long overdue.",
+)
 FAILOVERS = Family("hsm_failovers_total", Kind.COUNTER, "Requests that were sent again to another token than before.")
 HEDGES = Family(
     "hsm_hedges_total",

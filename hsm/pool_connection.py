@@ -74,6 +74,8 @@ class WorkerConnection(asyncio.Protocol):
         self.last_ok_ns = 0
         self.last_sent = 0
         """The owner's count at the last send: of equal connections the least recently used is taken."""
+        self.overdue_since_ns = 0
+        """When it was first found to owe an answer for too long, having signed nothing since; 0: it does not."""
         self.stalled = False
         """It has owed answers for too long: nothing more is sent until it signs again."""
 

@@ -119,7 +119,11 @@ class PoolToken:
         return [request for request in stranded if request.live and not request.in_flight]
 
     def overdue(self, now_ns: int, limit_ns: int) -> list[WorkerConnection]:
-        """Return the workers that have owed an answer for eight times the usual, and have signed nothing since."""
+        """Return the workers that have owed an answer for eight times the usual, and have signed nothing since.
+
+        A worker is found twice before it counts. An event loop that is busy for long looks at the time before it reads
+        what has come: only when it comes by again is an answer missing that is not just unread.
+        """
         allowed_ns = limit_ns
         if self.last_ok_ns:
             allowed_ns = min(max(_MIN_STALL_NS, int(_STALL_ROUND_TRIPS * self.load.round_trip_ns)), limit_ns)
@@ -128,8 +132,12 @@ class PoolToken:
             if connection.stalled or not connection.in_flight:
                 continue
             _, oldest_ns = next(iter(connection.in_flight.values()))
-            if now_ns - max(oldest_ns, connection.last_ok_ns) > allowed_ns:
+            if now_ns - max(oldest_ns, connection.last_ok_ns) <= allowed_ns:
+                connection.overdue_since_ns = 0
+            elif connection.overdue_since_ns > max(oldest_ns, connection.last_ok_ns):
                 late.append(connection)
+            else:
+                connection.overdue_since_ns = now_ns
         return late
 
     def slower_than(self, delay_ns: float, now_ns: int) -> list[tuple[Request, WorkerConnection]]:

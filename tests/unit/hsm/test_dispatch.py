@@ -90,6 +90,12 @@ class Rig:
     def answer(self, connection: WorkerConnection, *ids: int, status: Status = Status.OK, payload=b"signature") -> None:
         connection.data_received(b"".join(encode_reply(SignReply(id_, status, payload, 0, 0)) for id_ in ids))
 
+    def sweep_twice(self) -> None:
+        """Sweep, and again after all that has come would have been read."""
+        self.sweep.run()
+        self.now_ns += MS
+        self.sweep.run()
+
     def count(self, family, *labels: str) -> float:
         samples = read_samples(self.store.fd, metrics.FAMILIES)
         return sum(s.values[0] for s in samples if s.family is family and s.labels[: len(labels)] == labels)
@@ -322,7 +328,7 @@ async def test_what_a_stalled_worker_owes_is_asked_elsewhere(rig):
     assert [len(sent) for sent in ids] == [2, 2]
     rig.now_ns += DEADLINE_NS // 2 + 1
     rig.answer(workers[1], *ids[1])
-    rig.sweep.run()
+    rig.sweep_twice()
     assert workers[0].stalled
     assert not rig.tokens[0].is_trusted
     rig.answer(workers[1], *rig.sent(workers[1]))
@@ -332,13 +338,49 @@ async def test_what_a_stalled_worker_owes_is_asked_elsewhere(rig):
     assert rig.tokens[0].load.in_flight == 0
 
 
+async def test_answers_that_a_busy_event_loop_has_not_read_yet_are_not_missing(rig):
+    rig = rig("a", "b")
+    workers = [rig.worker(0), rig.worker(1)]
+    for _ in range(3):
+        requests = rig.ask(4)
+        rig.now_ns += DEADLINE_NS // 2 + 1  # the loop takes this long over what it does
+        rig.sweep.run()
+        for worker in workers:
+            rig.answer(worker, *rig.sent(worker))
+        assert all(request.future.result() for request in requests)
+    assert rig.count(metrics.RETRIES) == 0
+    assert all(token.is_trusted for token in rig.tokens)
+
+
+async def test_a_worker_that_has_signed_between_two_sweeps_is_given_its_time_again(rig):
+    rig = rig("a")
+    worker, other = rig.worker(0), rig.worker(0)
+    for _ in range(2):
+        rig.ask()
+        rig.now_ns += MS
+        for connection in (worker, other):
+            rig.answer(connection, *rig.sent(connection))
+    rig.ask(4)
+    first, _ = rig.sent(worker)
+    rig.now_ns += 101 * MS
+    rig.sweep.run()
+    rig.answer(other, *rig.sent(other))
+    rig.answer(worker, first)
+    rig.now_ns += 400 * MS
+    rig.sweep.run()
+    assert not worker.stalled
+    rig.now_ns += MS
+    rig.sweep.run()
+    assert worker.stalled
+
+
 async def test_a_worker_that_lets_all_it_owes_expire_gets_work_again(rig):
     rig = rig("a")
     workers = [rig.worker(0), rig.worker(0)]
     rig.ask(2)
     rig.now_ns += DEADLINE_NS // 2 + 1
     rig.answer(workers[1], 1)
-    rig.sweep.run()
+    rig.sweep_twice()
     assert workers[0].stalled
     rig.answer(workers[0], 1, status=Status.EXPIRED, payload=b"")
     assert not workers[0].stalled
@@ -362,7 +404,7 @@ async def test_one_stalled_worker_of_two_does_not_discredit_the_token(rig):
     rig.ask(2)
     rig.now_ns += DEADLINE_NS // 2 + 1
     rig.answer(workers[1], 1)
-    rig.sweep.run()
+    rig.sweep_twice()
     assert workers[0].stalled
     assert rig.tokens[0].is_trusted
     rig.answer(workers[0], 1)
