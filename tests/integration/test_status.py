@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from hsm.messages import KeyType
-from tests.proxy import make_site, run_to_end, running_proxy, site_config
+from tests.proxy import free_port, make_site, run_to_end, running_proxy, site_config
 
 KEYS = {"www": KeyType.ECDSA_P256}
 
@@ -26,6 +26,9 @@ async def test_the_status_tells_listeners_tokens_certificates_workers_and_handsh
         (listener,) = status["listeners"]
         assert (listener["address"], listener["handshakes"]) == (f"127.0.0.1:{proxy.port}", 3)
         assert status["tokens"] == [{"name": "local", "up": True, "circuit": {"closed": 1}}]
+        assert status["upstreams"] == [
+            {"name": "app", "servers": [{"address": "127.0.0.1:9", "state": "up", "ejections": 0}]}
+        ]
         (certificate,) = status["certificates"]
         assert (certificate["name"], certificate["key_type"]) == ("www", "ecdsa-p256")
         assert certificate["days_left"] > 0
@@ -38,8 +41,20 @@ async def test_the_status_tells_listeners_tokens_certificates_workers_and_handsh
         rows = [line.split() for line in stdout.splitlines()]
         assert [f"127.0.0.1:{proxy.port}", "0", "3", "0"] in rows
         assert ["local", "up", "closed"] in rows
+        assert ["app", "127.0.0.1:9", "up", "0"] in rows
         assert ["0", str(proxy.proxy_workers[0]), "ready"] in rows
         assert any(row[:1] == ["sign"] for row in rows)
+
+
+async def test_a_server_that_does_not_answer_is_down(tmp_path: Path) -> None:
+    make_site(tmp_path, KEYS)
+    config = site_config(tmp_path, KEYS, f"127.0.0.1:{free_port()}")
+    config["upstreams"][0]["ejection"] = {"failures": 1}
+    async with running_proxy(tmp_path, config) as proxy:
+        assert (await proxy.get())[0] == 502
+        _, stdout, _ = await run_to_end("status", "--runtime-dir", str(tmp_path / "run"))
+    server = config["upstreams"][0]["servers"][0]["address"]
+    assert ["app", server, "DOWN", "1"] in [line.split() for line in stdout.splitlines()]
 
 
 async def test_commands_that_make_no_sense_are_refused_and_cost_nothing(tmp_path: Path) -> None:

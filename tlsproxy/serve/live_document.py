@@ -139,11 +139,6 @@ def _upstream(second: Span, upstream: UpstreamView) -> Document:
 
 
 def _server(server: ServerView) -> Document:
-    """`up` is for every worker; `state` says it in words, `ejections` counts those of the last minute."""
-    if server.workers_up == server.workers:
-        state = "up" if server.workers else "unknown"
-    elif server.workers_up:
-        state = f"down in {server.workers - server.workers_up} of {server.workers} workers"
-    else:
-        state = "down"
+    """`ejections` counts those of the last minute."""
+    state = server.state
     return {"address": server.address, "up": state == "up", "state": state, "ejections": server.ejections}

@@ -51,6 +51,15 @@ class ServerView:
     ejections: int
     """In the last minute, by all workers."""
 
+    @property
+    def state(self) -> str:
+        """`up` (in every worker), `down`, what lies between in words, or `unknown`."""
+        if self.workers_up == self.workers:
+            return "up" if self.workers else "unknown"
+        if self.workers_up:
+            return f"down in {self.workers - self.workers_up} of {self.workers} workers"
+        return "down"
+
 
 @dataclass(frozen=True, slots=True)
 class UpstreamView:

@@ -23,6 +23,16 @@ def status_document(
         "draining_workers": draining_workers,
         "listeners": [asdict(listener) for listener in snapshot.listeners],
         "tokens": [{"name": name, "up": up, "circuit": circuits.get(name, {})} for name, up in snapshot.tokens.items()],
+        "upstreams": [
+            {
+                "name": upstream.name,
+                "servers": [
+                    {"address": server.address, "state": server.state, "ejections": server.ejections}
+                    for server in upstream.servers
+                ],
+            }
+            for upstream in snapshot.upstreams
+        ],
         "certificates": [
             {
                 **asdict(certificate),
@@ -51,6 +61,14 @@ def render_status(document: Mapping[str, Any]) -> str:
     lines += _table(
         ("TOKEN", "STATE", "CIRCUIT"),
         ((item["name"], "up" if item["up"] else "DOWN", _circuit(item["circuit"])) for item in document["tokens"]),
+    )
+    lines += _table(
+        ("UPSTREAM", "SERVER", "STATE", "EJECTIONS, LAST MINUTE"),
+        (
+            (item["name"], server["address"], server["state"].replace("down", "DOWN"), server["ejections"])
+            for item in document["upstreams"]
+            for server in item["servers"]
+        ),
     )
     lines += _table(
         ("CERTIFICATE", "KEY", "TOKENS", "DAYS LEFT", "NAMES"),
