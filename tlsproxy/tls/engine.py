@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hsm.messages import SignatureScheme
 from tlsproxy.tls import _openssl
@@ -46,6 +46,8 @@ MAX_HANDSHAKE_BYTES = 64 * 1024
 _JOIN_BYTES = 16 * 1024
 """Pieces below a TLS record's size are encrypted together: a record costs more than the copy."""
 
+_SCHEMES: Final = {scheme.value: scheme for scheme in SignatureScheme}
+_RSA_SCHEMES: Final = frozenset(scheme for scheme in SignatureScheme if scheme.label.startswith("rsa"))
 _CLIENT_LEFT = "the client closed the connection"
 
 live_jobs = _openssl.live_jobs
@@ -149,16 +151,12 @@ class TlsConnection:
         SignatureLengthError, UsedAfterAbortError.
         """
         self._require_suspended()
-        longest = self._signature_max
-        if (
-            not signature
-            or len(signature) > longest
-            or (self._certificate.key_type.is_rsa and len(signature) != longest)
-        ):
-            raise SignatureLengthError(
-                f"a signature of {longest} bytes{'' if self._certificate.key_type.is_rsa else ' at most'} expected; "
-                f"got {len(signature)}"
-            )
+        size, longest = len(signature), self._signature_max
+        # An RSA signature is as long as its modulus; ECDSA's encoding has no fixed length.
+        shortest = longest if self._scheme in _RSA_SCHEMES else 1
+        if not shortest <= size <= longest:
+            expected = f"{longest} bytes" if shortest == longest else f"{longest} bytes at most"
+            raise SignatureLengthError(f"a signature of {expected} expected; got {size}")
         self._state = State.HANDSHAKING
         return self._advance(self._ssl.sign(signature))
 
@@ -249,22 +247,16 @@ class TlsConnection:
 
     def _suspend(self) -> SignatureNeeded:
         scheme, handle, tbs, self._signature_max = self._ssl.signature_request()
-        self._scheme = SignatureScheme(scheme)
+        self._scheme = _SCHEMES[scheme]
         self._state = State.SUSPENDED
         return SignatureNeeded(self._context.certificates[handle], self._scheme, tbs)
 
     def _complete(self) -> HandshakeComplete:
         self._state = State.ESTABLISHED
         tls_version, cipher, group, alpn, resumed = self._ssl.session()
+        server_name = None if self._client_hello is None else self._client_hello.server_name
         return HandshakeComplete(
-            tls_version=tls_version,
-            cipher=cipher,
-            group=group,
-            scheme=self._scheme,
-            alpn=alpn,
-            resumed=resumed,
-            server_name=None if self._client_hello is None else self._client_hello.server_name,
-            certificate=self._certificate,
+            tls_version, cipher, group, self._scheme, alpn, resumed, server_name, self._certificate
         )
 
     def _decrypt(self, events: list[Event]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from hsm.messages import SignatureScheme
 from tlsproxy.tls.certificates import Certificate
@@ -29,8 +29,7 @@ class SignatureNeeded:
     """The bytes to be signed, not their digest: RFC 8446 section 4.4.3, or RFC 8422 section 5.4 in TLS 1.2."""
 
 
-@dataclass(frozen=True, slots=True)
-class HandshakeComplete:
+class HandshakeComplete(NamedTuple):
     """The handshake succeeded: data may be sent."""
 
     tls_version: str
