@@ -41,6 +41,9 @@ class Figures:
         self._gone = MetricStore()
         self._samples: deque[Reading] = deque(maxlen=SAMPLES)
         self._restarts = self._store.counter(metrics.WORKER_RESTARTS)
+        self._reloads = {  # there from the start: increase() does not see the step from nothing to one
+            result: self._store.counter(metrics.CONFIG_RELOADS, (result,)) for result in ("success", "failure")
+        }
         build = (tlsproxy.__version__, platform.python_version(), LIBRARY_VERSION)
         self._store.values[self._store.gauge(metrics.BUILD_INFO, build)] = 1.0
         self.registry = CollectorRegistry()
@@ -66,8 +69,8 @@ class Figures:
         self._store.values[self._store.gauge(metrics.TICKET_KEY_CREATED)] = time()
 
     def count_reload(self, result: str) -> None:
-        """Count a reload."""
-        self._store.values[self._store.counter(metrics.CONFIG_RELOADS, (result,))] += 1.0
+        """Count a reload, by result: success or failure."""
+        self._store.values[self._reloads[result]] += 1.0
 
     def take_sample(self) -> None:
         """Remember where the counters stand; to be called every rates.SAMPLE_INTERVAL_S."""
