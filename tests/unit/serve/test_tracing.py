@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic, time_ns
@@ -220,7 +219,7 @@ def test_the_first_request_has_the_handshake_and_its_signature_below_it(collecto
 
 
 def test_a_resumed_handshake_has_no_signature(collector: Collector) -> None:
-    resumed = dataclasses.replace(COMPLETE, scheme=None, resumed=True)
+    resumed = COMPLETE._replace(scheme=None, resumed=True)
     answered(collector.begin(handshake=HandshakeSummary(monotonic(), 0.001, resumed, None, None, 0.0)))
     assert [span.name for span in collector.spans] == ["TLS handshake", "GET", "GET /api/"]
     assert attributes(collector.spans[0])["tls.resumed"] is True
