@@ -60,7 +60,45 @@ def spy(pid):
         results[name] = ctypes.get_errno() if libc.ptrace(request, pid, None, None) < 0 else "done"
     return results
 """
-"""Defines `spy`, which tries all ways to look into a process, and returns the errno of each."""
+"""Defines `spy`, which tries all ways to look into a process, and returns the errno of each or "done"."""
+
+ATTEMPTS = """
+import ctypes, os, socket, subprocess
+
+def landlock_version():
+    libc = ctypes.CDLL(None)
+    return libc.syscall(444, None, ctypes.c_size_t(0), 1)
+
+def attempt(what):
+    try:
+        what()
+        return "done"
+    except OSError as error:
+        return error.errno
+
+def bind():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+
+def connect(port):
+    socket.create_connection(("127.0.0.1", port)).close()
+
+def attempts(secret, port):
+    import sqlite3.dump  # modules can be imported as ever
+    return {
+        "read": attempt(lambda: open(secret).read()),
+        "write": attempt(lambda: open(secret + ".new", "w")),
+        "list": attempt(lambda: os.listdir(os.path.dirname(secret))),
+        "unlink": attempt(lambda: os.unlink(secret)),
+        "passwd": attempt(lambda: open("/etc/passwd").read()),
+        "library": attempt(lambda: open("/usr/lib/os-release").read()),
+        "execute": attempt(lambda: subprocess.run(["/usr/bin/true"])),
+        "bind": attempt(bind),
+        "connect": attempt(lambda: connect(port)),
+        "signal": attempt(lambda: os.kill(os.getppid(), 0)),
+    }
+"""
+"""Defines `attempts`, which tries what a worker has no need to do, and returns the errno of each or "done"."""
 
 
 class Implants:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +23,7 @@ from hsm.backends.awskms import AwsKmsBackend
 from hsm.errors import KeyNotFound, TokenConfigError, TokenError
 from hsm.keys import is_signature_valid, load_public_key
 from hsm.messages import KeyType, SignatureScheme, SignRequest, Status
+from tests.implant import ATTEMPTS, Implants
 from tests.tokens import SERVER_KEY_EXCHANGE, WorkerClient, WorkerProcess, deadline_in
 
 REGION = "eu-central-1"
@@ -90,6 +94,23 @@ def test_signs_with_keys_in_kms(endpoint: str, tmp_path: Path) -> None:
     finally:
         worker.process.kill()
         worker.wait()
+
+
+def test_from_inside_the_worker_no_tcp_port_can_be_bound(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.closing(Implants(tmp_path)) as implants, socket.create_server(("127.0.0.1", 0)) as server:
+        for name, value in implants.environment.items():
+            monkeypatch.setenv(name, value)
+        (tmp_path / "file").touch()
+        worker = WorkerProcess(tmp_path, kind="awskms", region=REGION, endpoint_url=endpoint, keys=("alias/www",))
+        try:
+            call = f"landlock_version(), attempts({str(tmp_path / 'file')!r}, {server.getsockname()[1]})"
+            abi, results = implants.evaluate(worker.process.pid, ATTEMPTS, f"({call})")
+        finally:
+            worker.process.kill()
+            worker.wait()
+    assert results == dict.fromkeys(results, "done") | ({"bind": errno.EACCES} if abi >= 4 else {})
 
 
 def test_serves_the_keys_there_are(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:

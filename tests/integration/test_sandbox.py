@@ -18,47 +18,11 @@ import pytest
 
 from hsm.messages import KeyType, SignatureScheme, SignRequest, Status
 from tests.backends import backend
-from tests.implant import SPY, Implants
+from tests.implant import ATTEMPTS, SPY, Implants
 from tests.proxy import Proxy, log_events, make_site, running_proxy, site_config
 from tests.tokens import CERTIFICATE_VERIFY, WorkerClient, deadline_in, make_soft_token, soft_worker
 
 KEYS = {"www": KeyType.ECDSA_P256}
-ATTEMPTS = """
-import ctypes, os, socket, subprocess
-
-def landlock_version():
-    libc = ctypes.CDLL(None)
-    return libc.syscall(444, None, ctypes.c_size_t(0), 1)
-
-def attempt(what):
-    try:
-        what()
-        return "done"
-    except OSError as error:
-        return error.errno
-
-def bind():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-
-def connect(port):
-    socket.create_connection(("127.0.0.1", port)).close()
-
-def attempts(secret, port):
-    import sqlite3.dump  # modules can be imported as ever
-    return {
-        "read": attempt(lambda: open(secret).read()),
-        "write": attempt(lambda: open(secret + ".new", "w")),
-        "list": attempt(lambda: os.listdir(os.path.dirname(secret))),
-        "unlink": attempt(lambda: os.unlink(secret)),
-        "passwd": attempt(lambda: open("/etc/passwd").read()),
-        "library": attempt(lambda: open("/usr/lib/os-release").read()),
-        "execute": attempt(lambda: subprocess.run(["/usr/bin/true"])),
-        "bind": attempt(bind),
-        "connect": attempt(lambda: connect(port)),
-        "signal": attempt(lambda: os.kill(os.getppid(), 0)),
-    }
-"""
 REFUSED_SINCE = {
     1: dict.fromkeys(("read", "write", "list", "unlink", "passwd", "execute"), errno.EACCES),
     4: dict.fromkeys(("bind", "connect"), errno.EACCES),
