@@ -1,8 +1,8 @@
-"""A client's connection: who the client is, its bytes through TLS and back, flow control, closing.
+"""A client's connection: its bytes through TLS and back, flow control, closing.
 
-The handshake has a file of its own, handshake.py. What happens inside TLS is a subclass's part: HTTP (http_connection)
-or plain bytes (tunnel). Callbacks only; nothing here waits, and every deadline is one attribute that the listener's
-sweep looks at.
+How it begins is told in proxy_header.py and handshake.py. What happens inside TLS is a subclass's part: HTTP
+(http_connection) or plain bytes (tunnel). Callbacks only; nothing here waits, and every deadline is one attribute that
+the listener's sweep looks at.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import enum
 import fcntl
-import logging
 import math
 import sys
 import termios
@@ -19,17 +18,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, cast
 
 from tlsproxy.config import Address, ProxyProtocol
-from tlsproxy.proxy_protocol import (
-    Endpoints,
-    ProxyProtocolError,
-    TlsDetails,
-    own_header,
-    parse_header,
-    v1_header,
-    v2_header,
-)
+from tlsproxy.proxy_protocol import Endpoints
 from tlsproxy.serve.handshake import Handshake, HandshakeSummary
 from tlsproxy.serve.plain import PlainConnection
+from tlsproxy.serve.proxy_header import ProxyHeaderReader, header_for_server
 from tlsproxy.tls.engine import TlsConnection
 from tlsproxy.tls.errors import ConnectionClosedError
 from tlsproxy.tls.events import CloseNotify, ConnectionFailed, Event, HandshakeComplete, PlaintextReceived
@@ -44,8 +36,6 @@ LINGER_S = 20.0
 
 Many send all of a large body before they read the response that refuses it.
 """
-
-_log = logging.getLogger("tlsproxy.connection")
 
 
 class Phase(enum.Enum):
@@ -87,13 +77,13 @@ class ClientConnection(asyncio.Protocol, ABC):
         "_last_unread",
         "_negotiated",
         "_paused",
-        "_peer",
         "_proxied",
         "_proxy_header",
         "_tls",
         "_transport",
         "client_ip",
         "deadline",
+        "peer",
         "phase",
         "runtime",
         "write_paused",
@@ -107,12 +97,13 @@ class ClientConnection(asyncio.Protocol, ABC):
         self.client_ip = ""
         """Empty until it is known: where a PROXY protocol header is awaited, that is told there."""
         self.write_paused = False
+        self.peer: Address
+        """The other end of the socket: the client, or the proxy before us."""
         self._transport: asyncio.Transport
         self._tls: TlsConnection | PlainConnection
         self._paused = 0
         """PauseReasons, combined."""
-        self._peer: Address
-        self._proxy_header = b""
+        self._proxy_header: ProxyHeaderReader | None = None
         self._proxied: Endpoints | None = None
         self._handshake: Handshake | None = None
         self._negotiated: HandshakeComplete | None = None
@@ -160,20 +151,21 @@ class ClientConnection(asyncio.Protocol, ABC):
         if peer is None or not self.runtime.admit(self):
             self._transport.abort()
             return
-        self._peer = Address(peer[0].removeprefix("::ffff:"), peer[1])
+        self.peer = Address(peer[0].removeprefix("::ffff:"), peer[1])
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self._tls = PlainConnection()
-        if self.runtime.expects_proxy_header(self._peer.host):
+        if self.runtime.expects_proxy_header(self.peer.host):
+            self._proxy_header = ProxyHeaderReader(self)
             self.phase = Phase.PROXY_HEADER
             self.deadline = monotonic() + self.runtime.config.timeouts.handshake_s
         else:
-            self._start(self._peer.host)
+            self._start(self.peer.host)
 
     def _start(self, client_ip: str) -> None:
         """Begin the handshake or, without TLS, what the connection is for."""
         self.client_ip = client_ip
         if not self.runtime.admit_client(self):
-            self._refuse_connection()
+            self.refuse()
             return
         if self.runtime.tls is None:
             self.phase = Phase.OPEN
@@ -185,38 +177,14 @@ class ClientConnection(asyncio.Protocol, ABC):
         self._tls = tls = self.runtime.tls.connection()
         self._handshake = Handshake(self, tls, now_s)
 
-    def _refuse_connection(self) -> None:
-        self.phase = Phase.CLOSED
-        self._transport.abort()
-
-    def _proxy_header_received(self, data: bytes) -> None:
-        """Learn from the proxy before us who the client is; what comes after its header is the client's."""
-        self._proxy_header += data
-        try:
-            header = parse_header(self._proxy_header)
-        except ProxyProtocolError as error:
-            extra = {"listener": self.runtime.name, "peer": self._peer.host, "reason": str(error)}
-            _log.warning("bad PROXY protocol header", extra=extra)
-            self.runtime.metrics.count_refused("proxy_protocol")
-            self._refuse_connection()
-            return
-        if header is None:
-            return
-        rest, self._proxy_header = self._proxy_header[header.size :], b""
-        self._proxied = header.endpoints
-        client = self._peer if header.endpoints is None else header.endpoints.client
-        self._start(client.host.removeprefix("::ffff:"))
-        if rest and self.phase is not Phase.CLOSED:
-            self.data_received(rest)
-
     def data_received(self, data: bytes) -> None:
         """Decrypt, and act on what that yields; after our end, throw away."""
         if self.phase is Phase.OPEN:
             self.act_on(self._tls.receive_data(data))
         elif self._handshake is not None:
             self._handshake.data_received(data)
-        elif self.phase is Phase.PROXY_HEADER:
-            self._proxy_header_received(data)
+        elif self._proxy_header is not None:
+            self._proxy_header.data_received(data)
 
     def eof_received(self) -> bool:
         """End, unless the client had said close_notify and an answer is still due (True: keep the transport)."""
@@ -235,6 +203,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         if phase is Phase.HANDSHAKE:
             self._end_handshake("client_closed", "the client closed the connection")
         self.phase = Phase.CLOSED
+        self._proxy_header = None
         if phase is Phase.OPEN:
             self.ended()
         self._tls.abort()
@@ -273,16 +242,10 @@ class ClientConnection(asyncio.Protocol, ABC):
         endpoints = self._proxied
         if endpoints is None:
             own = self._transport.get_extra_info("sockname")
-            if own is None:
-                # The client has left meanwhile.
-                return own_header(version)
-            endpoints = Endpoints(self._peer, Address(own[0].removeprefix("::ffff:"), own[1]))
-        if version is ProxyProtocol.V1:
-            return v1_header(endpoints)
-        tls = self._negotiated
-        if tls is None:
-            return v2_header(endpoints, None)
-        return v2_header(endpoints, TlsDetails(tls.tls_version, tls.cipher, tls.alpn, tls.server_name))
+            # None: the client has left meanwhile.
+            if own is not None:
+                endpoints = Endpoints(self.peer, Address(own[0].removeprefix("::ffff:"), own[1]))
+        return header_for_server(version, endpoints, self._negotiated)
 
     def pause(self, reason: int) -> None:
         """Stop reading from the client for `reason`."""
@@ -355,6 +318,23 @@ class ClientConnection(asyncio.Protocol, ABC):
             return in_transport
         in_kernel = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
         return in_transport + int.from_bytes(in_kernel, sys.byteorder)
+
+    # What the ProxyHeaderReader calls.
+
+    def refuse(self) -> None:
+        """Close at once: nobody has been served yet."""
+        self._proxy_header = None
+        self.phase = Phase.CLOSED
+        self._transport.abort()
+
+    def identified(self, endpoints: Endpoints | None, data: bytes) -> None:
+        """The proxy before us has said whose connection it passes on, None: its own; `data` is the client's."""
+        self._proxy_header = None
+        self._proxied = endpoints
+        client = self.peer if endpoints is None else endpoints.client
+        self._start(client.host.removeprefix("::ffff:"))
+        if data and self.phase is not Phase.CLOSED:
+            self.data_received(data)
 
     # What the handshake calls.
 
