@@ -121,8 +121,7 @@ class PoolToken:
     def overdue(self, now_ns: int, limit_ns: int) -> list[WorkerConnection]:
         """Return the workers that have owed an answer for eight times the usual, and have signed nothing since.
 
-        A worker is found twice before it counts. An event loop that is busy for long looks at the time before it reads
-        what has come: only when it comes by again is an answer missing that is not just unread.
+        A worker is found twice before it counts, lest an answer is missed that is only not read yet (see hsm.sweep).
         """
         allowed_ns = limit_ns
         if self.last_ok_ns:
@@ -140,12 +139,12 @@ class PoolToken:
                 connection.overdue_since_ns = now_ns
         return late
 
-    def slower_than(self, delay_ns: float, now_ns: int) -> list[tuple[Request, WorkerConnection]]:
-        """Return the requests that were sent more than `delay_ns` ago and could be hedged."""
+    def sent_before(self, time_ns: float) -> list[tuple[Request, WorkerConnection]]:
+        """Return the requests that were sent before that time and could be hedged."""
         slow: list[tuple[Request, WorkerConnection]] = []
         for connection in self.connections:
             for request, sent_ns in connection.in_flight.values():
-                if now_ns - sent_ns < delay_ns:
+                if sent_ns >= time_ns:
                     break
                 if request.live and request.in_flight == 1 and not request.hedged and not request.pinned:
                     slow.append((request, connection))

@@ -1,6 +1,8 @@
 """What the pool looks after a few dozen times a second while anything is pending: time that has run out.
 
-One sweep over what is in flight costs less than a timer for each request.
+One sweep over what is in flight costs less than a timer for each request. An event loop that is busy for long looks at
+the time before it reads what has come; so nothing is held against a worker before a second sweep, between which and the
+first the loop has read what there was.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ class Sweep:
         self._dispatcher = dispatcher
         self._stall_limit_ns = sign_deadline_ns // 2
         self._clock = clock
+        self._last_run_ns = 0
 
     @property
     def interval_s(self) -> float:
@@ -51,6 +54,7 @@ class Sweep:
             dispatcher.refuse_waiting()
             for token in dispatcher.tokens:
                 dispatcher.serve_waiting(token)
+        self._last_run_ns = now_ns
         for token in dispatcher.tokens:
             token.show_pending()
         return [token for token in dispatcher.tokens if token.circuit.probe_due(now_ns)]
@@ -89,7 +93,7 @@ class Sweep:
         dispatcher = self._dispatcher
         delay_ns = dispatcher.hedging.delay_ns
         for token in dispatcher.tokens:
-            for request, connection in token.slower_than(delay_ns, now_ns):
+            for request, connection in token.sent_before(min(now_ns - delay_ns, self._last_run_ns)):
                 other = dispatcher.choose(request, connection)
                 if other is None:
                     continue
