@@ -85,4 +85,5 @@ def test_signs_after_a_tpm_has_lost_its_sessions(worker: WorkerProcess, faults: 
         # tpm2-pkcs11 1.9.0 itself crashes there now and then. That is a worker lost, which a WorkerGroup replaces.
         assert worker.process.wait(timeout=10) == -signal.SIGSEGV
         return
-    assert faults.get("login_calls") == 2
+    # A signing thread that finds its session lost only after another has logged in again makes it three.
+    assert faults.get("login_calls") in (2, 3)
