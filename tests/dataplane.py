@@ -87,11 +87,13 @@ class DataPlane:
     upstreams: Mapping[str, Upstream]
     clients: list[TlsClient] = dataclasses.field(default_factory=list)
 
-    def counted(self, family: str) -> dict[tuple[str, ...], float]:
-        """Return the values of a counter or gauge by labels, leaving out the zeros."""
+    def counted(self, family: str, *, zeros: bool = False) -> dict[tuple[str, ...], float]:
+        """Return the values of a counter or gauge by labels, leaving out the zeros unless asked for."""
         samples = read_samples(self.store.fd, metrics.FAMILIES)
         return {
-            sample.labels: sample.values[0] for sample in samples if sample.family.name == family and sample.values[0]
+            sample.labels: sample.values[0]
+            for sample in samples
+            if sample.family.name == family and (zeros or sample.values[0])
         }
 
     def observed(self, family: str) -> dict[tuple[str, ...], tuple[float, float]]:
@@ -216,7 +218,7 @@ async def data_plane(
         signing_keys=cast("Mapping[str, SigningKey]", {"www": CERTIFICATE}),
         pool=cast("SignerPool", pool),
         upstreams=upstreams,
-        metrics=ListenerMetrics(store, "test"),
+        metrics=ListenerMetrics(store, "test", tls=tls),
     )
     for item in upstreams.values():
         await item.start()

@@ -1,8 +1,9 @@
 """The proxy's metrics, and how those of all processes become one page.
 
 Every process counts in a MetricStore of its own (hsm.metricstore); `StoreCollector` sums over the stores when
-Prometheus asks. Names and labels are a contract with dashboards and alerts: add, but don't rename. No label holds a
-client's address or an SNI that isn't configured.
+Prometheus asks. Where the values of a label are known, their counters are there before the first event: rate() and
+increase() do not see the step from nothing to one. Names and labels are a contract with dashboards and alerts: add, but
+don't rename. No label holds a client's address or an SNI that isn't configured.
 """
 
 from __future__ import annotations
@@ -29,7 +30,19 @@ HANDSHAKES = Family(
     "TLS handshakes that have ended, by result: ok, client_closed, timeout, tls_alert, protocol_error, sign_timeout, "
     "sign_shed, hsm_unavailable or policy_rejected.",
     ("listener", "result", "resumed", "tls_version"),
+    max_label_sets=1024,
 )
+HANDSHAKE_FAILURES: Final = (
+    "client_closed",
+    "timeout",
+    "tls_alert",
+    "protocol_error",
+    "sign_timeout",
+    "sign_shed",
+    "hsm_unavailable",
+    "policy_rejected",
+)
+"""Values of `result`, besides ok."""
 HANDSHAKE_DURATION = Family(
     "tlsproxy_handshake_duration_seconds",
     Kind.HISTOGRAM,
@@ -73,6 +86,7 @@ CONNECTIONS_REFUSED = Family(
     "Client connections closed at once because a limit was reached (connections, connections_per_client or "
     "handshakes), or because their PROXY protocol header was not as it must be (proxy_protocol).",
     ("listener", "limit"),
+    max_label_sets=1024,
 )
 BYTES = Family(
     "tlsproxy_bytes_total",
@@ -108,8 +122,24 @@ UPSTREAM_CONNECTIONS = Family(
     ("upstream", "state"),
 )
 UPSTREAM_ERRORS = Family(
-    "tlsproxy_upstream_errors_total", Kind.COUNTER, "Requests an upstream failed to answer.", ("upstream", "reason")
+    "tlsproxy_upstream_errors_total",
+    Kind.COUNTER,
+    "Requests an upstream failed to answer.",
+    ("upstream", "reason"),
+    max_label_sets=1024,
 )
+UPSTREAM_FAILURES: Final = (
+    "connect_failed",
+    "connect_timeout",
+    "tls_failed",
+    "response_timeout",
+    "closed_before_response",
+    "connection_lost",
+    "no_server",
+    "queue_full",
+    "queue_timeout",
+)
+"""Values of `reason`, besides the rules of HTTP that a response can break."""
 UPSTREAM_RETRIES = Family(
     "tlsproxy_upstream_retries_total",
     Kind.COUNTER,

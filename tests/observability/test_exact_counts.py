@@ -126,6 +126,9 @@ async def test_counters_equal_what_the_clients_did() -> None:
         await until(lambda: sum(proxy.counted("tlsproxy_handshakes_total").values()) == HANDSHAKES)
 
         assert proxy.counted("tlsproxy_handshakes_total") == done
+        assert {("test", *labels) for labels in mix.kinds.values()} == set(
+            proxy.counted("tlsproxy_handshakes_total", zeros=True)
+        )
         assert proxy.counted("tlsproxy_connections_accepted_total") == {("test",): HANDSHAKES}
         durations = proxy.observed("tlsproxy_handshake_duration_seconds")
         assert {resumed: count for (_, resumed, _), (count, _) in durations.items()} == {

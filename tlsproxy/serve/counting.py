@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from time import time
 from typing import NamedTuple
 
@@ -36,8 +37,8 @@ def sign_failure_result(error: BaseException) -> str:
 class ListenerMetrics:
     """The metrics of one listener in this process."""
 
-    def __init__(self, store: MetricStore, listener: str) -> None:
-        """Register them in `store`, with the address of the listener as label."""
+    def __init__(self, store: MetricStore, listener: str, *, tls: bool) -> None:
+        """Register them in `store`, with the address of the listener as label; `tls`: it has handshakes."""
         self._store = store
         self._listener = listener
         self.values = store.values
@@ -51,6 +52,17 @@ class ListenerMetrics:
         self.slowest = SlowestHandshakes()
         self._kinds: dict[tuple[object, ...], _HandshakeKind] = {}
         self._requests: dict[tuple[str, bytes, int], tuple[int, Histogram]] = {}
+        self._register_events(tls=tls)
+
+    def _register_events(self, *, tls: bool) -> None:
+        """Have counters at 0 of what has not happened yet."""
+        for limit in ("connections", "connections_per_client", "proxy_protocol", *(("handshakes",) if tls else ())):
+            self._store.counter(metrics.CONNECTIONS_REFUSED, (self._listener, limit))
+        if tls:
+            for result in metrics.HANDSHAKE_FAILURES:
+                self._store.counter(metrics.HANDSHAKES, (self._listener, result, "false", ""))
+            for version, resumed in product(("TLSv1.2", "TLSv1.3"), ("false", "true")):
+                self._store.counter(metrics.HANDSHAKES, (self._listener, "ok", resumed, version))
 
     def count_refused(self, limit: str) -> None:
         """Count a connection closed at once because `limit` was reached."""
@@ -137,6 +149,12 @@ class UpstreamMetrics:
         )
         self.waiting = store.gauge(metrics.UPSTREAM_WAITING, (upstream,))
         self.retries = store.counter(metrics.UPSTREAM_RETRIES, (upstream,))
+        for reason in metrics.UPSTREAM_FAILURES:
+            store.counter(metrics.UPSTREAM_ERRORS, (upstream, reason))
+
+    def add_server(self, server: str) -> None:
+        """Have the counter at 0 of a server's ejections."""
+        self._store.counter(metrics.UPSTREAM_EJECTIONS, (self._upstream, server))
 
     def count_error(self, reason: str) -> None:
         """Count a request that the upstream failed to answer."""

@@ -74,9 +74,9 @@ class Span:
         return [_quantile(share, family.buckets, counts, total) for share in shares] if total >= 1 else None
 
     def label_values(self, family: Family, name: str) -> list[str]:
-        """Return the values that label `name` has at its end."""
+        """Return the values that label `name` has at its end where anything was counted."""
         index = family.label_names.index(name)
-        return sorted({labels[index] for labels in self.now.merged[family.name]})
+        return sorted({labels[index] for labels, values in self.now.merged[family.name].items() if any(values)})
 
     def _selected(self, family: Family, wanted: Mapping[str, str]) -> Iterator[tuple[tuple[str, ...], Values]]:
         indexed = [(family.label_names.index(name), value) for name, value in wanted.items()]

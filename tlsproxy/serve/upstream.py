@@ -66,6 +66,7 @@ class Upstream:
 
     def _add(self, server: ServerConfig) -> None:
         address = server.address
+        self.metrics.add_server(str(address))
         if isinstance(address, Address) and not address.is_ip:
             self._servers[server] = []
             interval_s = self._config.resolve_interval_s

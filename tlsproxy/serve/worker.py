@@ -114,7 +114,7 @@ class Worker:
                     signing_keys={name: signing_keys[name] for name in listener.certificates},
                     pool=self.pool,
                     upstreams=self._upstreams,
-                    metrics=ListenerMetrics(self._store, str(listener.address)),
+                    metrics=ListenerMetrics(self._store, str(listener.address), tls=tls is not None),
                     tracing=tracing,
                 )
             )
