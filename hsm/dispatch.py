@@ -10,20 +10,12 @@ from collections.abc import Callable, Sequence
 from time import monotonic_ns
 
 from hsm import metrics
-from hsm.errors import (
-    DeadlineExceeded,
-    HsmError,
-    KeyNotFound,
-    Overloaded,
-    PolicyRejected,
-    SignerUnavailable,
-    TokenError,
-)
+from hsm.errors import DeadlineExceeded, HsmError, KeyNotFound, Overloaded, SignerUnavailable
 from hsm.hedging import HedgePolicy
 from hsm.messages import SignReply, Status
 from hsm.metricstore import Family, MetricStore
 from hsm.pool_connection import Answer, WorkerConnection
-from hsm.pool_request import Request, Signature, SigningKey, error_of
+from hsm.pool_request import CANCELLED, RESULTS, Request, Signature, SigningKey, error_of
 from hsm.pool_token import PoolToken
 from hsm.token_load import is_worth_waiting
 from hsm.waiting import WaitingRoom
@@ -55,6 +47,10 @@ class Dispatcher:
         self._sends = 0
         self._retries_slot = store.counter(metrics.RETRIES)
         self._failovers_slot = store.counter(metrics.FAILOVERS)
+        for reason in metrics.SHED_REASONS:
+            store.counter(metrics.SHED, (reason,))
+        for outcome in metrics.HEDGE_OUTCOMES:
+            store.counter(metrics.HEDGES, (outcome,))
 
     # Requests in.
 
@@ -154,7 +150,7 @@ class Dispatcher:
             if request.sends:
                 self.fail(request, refusal)
             else:
-                self._shed(request, _RESULTS[type(refusal)], refusal)
+                self._shed(request, RESULTS[type(refusal)], refusal)
             return
         self.waiting.add(request, first=request.sends > 0)
 
@@ -184,13 +180,13 @@ class Dispatcher:
 
     def fail(self, request: Request, error: HsmError) -> None:
         """Settle `request` with `error`."""
-        self._settle(request, _RESULTS[type(error)])
+        self._settle(request, RESULTS[type(error)])
         if not request.future.done():
             request.future.set_exception(error)
 
     def forget(self, request: Request) -> None:
         """Drop a request whose future was cancelled; what a worker still answers is ignored."""
-        self._settle(request, "cancelled")
+        self._settle(request, CANCELLED)
 
     def _settle(self, request: Request, result: str) -> None:
         request.live = False
@@ -227,7 +223,7 @@ class Dispatcher:
         level = logging.WARNING if stranded else logging.INFO
         _log.log(level, "token %s: worker %d is gone; %d asked anew", token.name, connection.hello.pid, len(stranded))
         if had_work:
-            self.token_failed(token)
+            self.token_failed(token, "connection lost")
         self.changed()
         for request in stranded:
             self.resend(request)
@@ -259,14 +255,19 @@ class Dispatcher:
         if token.waiting:
             self.serve_waiting(token)
 
-    def token_failed(self, token: PoolToken) -> None:
-        """Take note that `token` failed a request by its own fault."""
-        if token.circuit.failed(self._clock()):
+    def token_failed(self, token: PoolToken, failure: str) -> None:
+        """Take note that `token` failed a request by its own fault; `failure` is for people."""
+        if token.circuit.failed(self._clock(), failure):
             self.circuit_changed(token)
 
     def circuit_changed(self, token: PoolToken) -> None:
-        """Tell all who want to know of a circuit's new state."""
-        _log.warning("token %s: circuit %s", token.name, token.circuit.state.value)
+        """Tell all who want to know of a circuit's new state: it has opened, or closed again."""
+        circuit = token.circuit
+        if token.is_trusted:
+            open_s = round((self._clock() - circuit.opened_ns) / 1e9, 3)
+            _log.warning("token %s: circuit closed again", token.name, extra={"open_s": open_s})
+        else:
+            _log.warning("token %s: circuit open", token.name, extra={"reason": circuit.reason})
         self.changed()
 
     def changed(self) -> None:
@@ -299,7 +300,7 @@ class Dispatcher:
             # While it signs for others the token is only busy.
             token_at_fault = token.last_ok_ns < request.submitted_ns
         if token_at_fault:
-            self.token_failed(token)
+            self.token_failed(token, str(error))
         if not request.live:
             return
         request.tried += (token,)
@@ -310,14 +311,3 @@ class Dispatcher:
             self.resend(request)
         else:
             self.fail(request, error)
-
-
-_RESULTS: dict[type[HsmError], str] = {
-    DeadlineExceeded: "expired",
-    KeyNotFound: "no_key",
-    Overloaded: "overloaded",
-    PolicyRejected: "policy",
-    SignerUnavailable: "unavailable",
-    TokenError: "error",
-}
-"""Values of the label `result`."""

@@ -3,6 +3,9 @@
 The pool, in each proxy process, counts what a handshake sees: requests, waits, failovers, the state of tokens as seen
 from there. The worker counts what the token does: sessions, its own error codes, and what its policy refused (a proxy
 that was taken over could hide that).
+
+Where the values of a label are known, their counters are there before the first event: Prometheus' rate() and
+increase() do not see the step from nothing to one.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ SIGN_REQUESTS = Family(
     Kind.COUNTER,
     "Signatures asked for, by the token that gave the last answer ('' if none did) and the outcome.",
     ("token", "scheme", "result"),
+    max_label_sets=1024,
 )
 SIGN_DURATION = Family(
     "hsm_sign_duration_seconds",
@@ -45,12 +49,14 @@ RETRIES = Family(
     "Requests sent again after a worker died, a token failed, or an answer was long overdue.",
 )
 FAILOVERS = Family("hsm_failovers_total", Kind.COUNTER, "Requests that were sent again to another token than before.")
+SHED_REASONS = ("queue_full", "overloaded", "no_key", "unavailable")
 HEDGES = Family(
     "hsm_hedges_total",
     Kind.COUNTER,
     "Requests sent to a second token because the first was slow: which of the two answered first, or no budget.",
     ("outcome",),
 )
+HEDGE_OUTCOMES = ("won", "lost", "no_budget")
 TOKEN_UP = Family(
     "hsm_token_up",
     Kind.GAUGE,

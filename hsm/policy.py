@@ -21,12 +21,13 @@ _SHARE_BYTES = {23: 65, 24: 97, 29: 32}
 _X25519 = 29
 _TLS12_ONLY_SCHEMES = frozenset(scheme for scheme in SignatureScheme if scheme.name.startswith("RSA_PKCS1"))
 
+RULES = ("tls13-length", "tls13-scheme", "tls12-length", "tls12-curve-type", "tls12-group", "tls12-point")
+
 
 def check_tls_server(scheme: SignatureScheme, tbs: bytes) -> None:
     """Return if a TLS server signs content of this shape with this scheme.
 
-    Raises PolicyRejected, its `rule` one of `tls13-length`, `tls13-scheme`, `tls12-length`, `tls12-curve-type`,
-    `tls12-group`, `tls12-point`.
+    Raises PolicyRejected, its `rule` one of RULES.
     """
     if tbs.startswith(_TLS13_PREFIX):
         if len(tbs) not in _TLS13_LENGTHS:

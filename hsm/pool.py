@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from time import monotonic_ns
 from types import TracebackType
@@ -21,6 +22,8 @@ from hsm.sweep import Sweep
 __all__ = ["Signature", "SignerPool", "SigningKey", "TokenEndpoints"]
 
 _CANARY_DEADLINE_NS = 1_000_000_000
+
+_log = logging.getLogger(__name__)
 
 
 class SignerPool:
@@ -198,18 +201,20 @@ class SignerPool:
     async def _probe(self, token: PoolToken) -> None:
         """Ask a token that is not trusted for a signature that can be verified; trust it again if it is right."""
         dispatcher = self._dispatcher
-        if await self._answers_canary(token):
+        failure = await self._canary_failure(token)
+        if failure is None:
             token.circuit.close()
             token.load.begin_slow_start(monotonic_ns())
             dispatcher.circuit_changed(token)
             dispatcher.serve_waiting(token)
-        else:
-            token.circuit.probe_failed(monotonic_ns())
+        elif token.circuit.probe_failed(monotonic_ns(), failure):
+            _log.warning("token %s: canary failed, the circuit stays open", token.name, extra={"reason": failure})
 
-    async def _answers_canary(self, token: PoolToken) -> bool:
+    async def _canary_failure(self, token: PoolToken) -> str | None:
+        """Return why the canary failed, for people, or None if the token made the right signature."""
         chosen = self._canary_worker(token)
         if chosen is None or self._loop is None:
-            return False
+            return "no worker is up that has room and a key in use"
         key, connection, info = chosen
         canary = Canary(info)
         now_ns = monotonic_ns()
@@ -221,9 +226,9 @@ class SignerPool:
         self._dispatcher.send(request, connection, now_ns)
         try:
             signature = await request.future
-        except HsmError:
-            return False
-        return canary.is_answered_by(signature.value)
+        except HsmError as error:
+            return str(error)
+        return None if canary.is_answered_by(signature.value) else "its signature is wrong"
 
     def _canary_worker(self, token: PoolToken) -> tuple[SigningKey, WorkerConnection, KeyInfo] | None:
         """Return a worker of `token` that has room, and a key in use that it has."""

@@ -9,13 +9,33 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import assert_never
 
-from hsm.errors import DeadlineExceeded, HsmError, KeyNotFound, Overloaded, PolicyRejected, TokenError
+from hsm.errors import (
+    DeadlineExceeded,
+    HsmError,
+    KeyNotFound,
+    Overloaded,
+    PolicyRejected,
+    SignerUnavailable,
+    TokenError,
+)
 from hsm.keyreference import KeyReference
 from hsm.messages import SignatureScheme, SignReply, Status
 
 if TYPE_CHECKING:
     from hsm.pool_connection import WorkerConnection
     from hsm.pool_token import PoolToken
+
+RESULTS: dict[type[HsmError], str] = {
+    DeadlineExceeded: "expired",
+    KeyNotFound: "no_key",
+    Overloaded: "overloaded",
+    PolicyRejected: "policy",
+    SignerUnavailable: "unavailable",
+    TokenError: "error",
+}
+"""Values of the label `result` of what got no signature."""
+CANCELLED = "cancelled"
+"""The same, of what was no longer wanted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from hsm.circuit import CircuitBreaker, CircuitState
 from hsm.messages import SignatureScheme
 from hsm.metricstore import Histogram, MetricStore
 from hsm.pool_connection import WorkerConnection
-from hsm.pool_request import Request, SigningKey
+from hsm.pool_request import CANCELLED, RESULTS, Request, SigningKey
 from hsm.token_load import TokenLoad
 
 _MIN_STALL_NS = 100_000_000
@@ -68,6 +68,7 @@ class PoolToken:
         self._store = store
         self._schemes: dict[SignatureScheme, _SchemeMetrics] = {}
         self._queue_duration = store.histogram(metrics.QUEUE_DURATION, (self.name,))
+        store.counter(metrics.KEY_MISMATCHES, (self.name,))
         self.show_state()
 
     @property
@@ -139,6 +140,11 @@ class PoolToken:
                 connection.overdue_since_ns = now_ns
         return late
 
+    def stall(self, now_ns: int) -> str:
+        """Return what workers that have all stalled owe, for people."""
+        oldest_ns = min(next(iter(connection.in_flight.values()))[1] for connection in self.connections)
+        return f"stalled: {self.load.in_flight} unanswered, the oldest for {(now_ns - oldest_ns) // 1_000_000} ms"
+
     def sent_before(self, time_ns: float) -> list[tuple[Request, WorkerConnection]]:
         """Return the requests that were sent before that time and could be hedged."""
         slow: list[tuple[Request, WorkerConnection]] = []
@@ -155,13 +161,18 @@ class PoolToken:
         try:
             counts = self._schemes[scheme]
         except KeyError:
-            counts = self._schemes[scheme] = _SchemeMetrics(
-                self._store.counter(metrics.SIGN_REQUESTS, (self.name, scheme.label, "ok")),
-                self._store.histogram(metrics.SIGN_DURATION, (self.name, scheme.label)),
-            )
+            counts = self._schemes[scheme] = self._register_scheme(scheme)
         self._store.values[counts.signed_slot] += 1.0
         counts.duration.observe(sign_s)
         self._queue_duration.observe(queue_s)
+
+    def _register_scheme(self, scheme: SignatureScheme) -> _SchemeMetrics:
+        for result in (*RESULTS.values(), CANCELLED):
+            self._store.counter(metrics.SIGN_REQUESTS, (self.name, scheme.label, result))
+        return _SchemeMetrics(
+            self._store.counter(metrics.SIGN_REQUESTS, (self.name, scheme.label, "ok")),
+            self._store.histogram(metrics.SIGN_DURATION, (self.name, scheme.label)),
+        )
 
     def show_state(self) -> None:
         """Set the gauges of what does not change with each request."""

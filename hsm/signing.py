@@ -18,10 +18,12 @@ from hsm.errors import KeyNotFound, PinRefused, PolicyRejected, TokenError
 from hsm.keys import PublicKey, is_signature_valid, load_public_key
 from hsm.messages import REPLY_HEADER, KeyInfo, SignatureScheme, SignRequest, Status
 from hsm.metricstore import Family, MetricStore
-from hsm.policy import check_tls_server
+from hsm.policy import RULES, check_tls_server
 
 _MAX_REASON_BYTES = 200
 _MAX_US = (1 << 32) - 1
+_KEY_SCHEME_RULE = "key-scheme"
+"""The rule of the policy that is kept here: a key signs with its own schemes."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class RequestHandler:
         }
         self._store = store
         self._store_lock = threading.Lock()
+        for rule in (*RULES, _KEY_SCHEME_RULE):
+            store.counter(metrics.POLICY_REJECTED, (rule,))
 
     def answer(self, signer: Signer, request: SignRequest, received_ns: int) -> bytes:
         """Return the reply frame. `received_ns` is when the request arrived, on CLOCK_MONOTONIC.
@@ -57,7 +61,7 @@ class RequestHandler:
             verifier = self._verifiers[request.key, request.scheme]
         except KeyError:
             if request.key in self._numbers:
-                return self._policy_rejected("key-scheme")
+                return self._policy_rejected(_KEY_SCHEME_RULE)
             return Status.NO_KEY, b"no key of this number"
         scheme = SignatureScheme(request.scheme)
         try:

@@ -70,7 +70,7 @@ class Sweep:
             elif request.deadline_ns <= now_ns:
                 token = request.last_token
                 if token is not None and request.in_flight and token.last_ok_ns < request.submitted_ns:
-                    dispatcher.token_failed(token)
+                    dispatcher.token_failed(token, "no answer before the deadline")
                 dispatcher.fail(request, DeadlineExceeded("no signature came before the deadline"))
 
     def _rescue(self, token: PoolToken, now_ns: int) -> None:
@@ -86,7 +86,7 @@ class Sweep:
             for request in rescued:
                 dispatcher.resend(request)
         if token.connections and all(connection.stalled for connection in token.connections):
-            token.circuit.trip(now_ns)
+            token.circuit.trip(now_ns, token.stall(now_ns))
             dispatcher.circuit_changed(token)
 
     def _hedge(self, now_ns: int) -> None:

@@ -303,7 +303,7 @@ async def test_a_worker_whose_key_is_not_the_certificates_key_is_not_used(cluste
     assert not pool.can_sign(pool.key("www", ["a"], public_key_der(KEY.public_key())))
 
 
-async def test_a_hung_token_costs_no_request_and_comes_back_only_after_a_right_canary(cluster):
+async def test_a_hung_token_costs_no_request_and_comes_back_only_after_a_right_canary(cluster, caplog):
     hung = await cluster.worker("a")
     await cluster.worker("b")
     pool = await cluster.pool(sign_deadline_s=5)
@@ -316,6 +316,8 @@ async def test_a_hung_token_costs_no_request_and_comes_back_only_after_a_right_c
     before = len(hung.requests)
     await until(lambda: len(hung.requests) > before + 1 or pool.can_sign(pool.key("www", ["a"])))
     assert not pool.can_sign(pool.key("www", ["a"]))
+    failed = [record for record in caplog.records if "canary failed" in record.getMessage()]
+    assert failed[-1].reason == "its signature is wrong"
     hung.behaviour = signs
     await until(lambda: pool.can_sign(pool.key("www", ["a"])))
     assert counted(pool, metrics.CIRCUIT_STATE, "a", "closed") == 1
@@ -324,7 +326,7 @@ async def test_a_hung_token_costs_no_request_and_comes_back_only_after_a_right_c
     assert len(hung.requests) > before
 
 
-async def test_a_lone_token_that_fails_always_is_not_asked_until_it_works_again(cluster):
+async def test_a_lone_token_that_fails_always_is_not_asked_until_it_works_again(cluster, caplog):
     worker = await cluster.worker("a", behaviour=refuses(Status.RETRY, "CKR_DEVICE_ERROR"))
     pool = await cluster.pool()
     changes: list[bool] = []
@@ -335,8 +337,12 @@ async def test_a_lone_token_that_fails_always_is_not_asked_until_it_works_again(
     with pytest.raises(SignerUnavailable, match="up and trusted"):
         await pool.sign("www", SCHEME, CERTIFICATE_VERIFY)
     assert len(worker.requests) == 5
+    (opened,) = [record for record in caplog.records if record.getMessage() == "token a: circuit open"]
+    assert opened.reason == "5 of the last 5 requests failed, the last by: CKR_DEVICE_ERROR"
     worker.behaviour = signs
     await until(lambda: pool.can_sign(pool.key("www")))
+    (closed,) = [record for record in caplog.records if record.getMessage() == "token a: circuit closed again"]
+    assert closed.open_s >= 0.25
     assert is_right(await pool.sign("www", SCHEME, CERTIFICATE_VERIFY))
     assert changes == [False, True]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from hsm.messages import KeyType
 from hsm.metrics import FAMILIES as HSM_FAMILIES
 from hsm.metricstore import Family
 from tests.backends import backend
-from tests.proxy import make_site, running_proxy, site_config
-from tlsproxy.metrics import FAMILIES
+from tests.proxy import free_port, make_site, running_proxy, site_config
+from tlsproxy.metrics import FAMILIES, HANDSHAKE_FAILURES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 UNITS = {"_timestamp_seconds": "seconds since the epoch", "_seconds": "seconds", "_bytes_total": "bytes"}
@@ -49,6 +50,38 @@ async def test_a_running_proxys_page_is_the_documented_one_and_passes_promtool(t
     assert {text for _, text in helps} == {row[3] for row in documented().values()}
     if accept == "text/plain":
         assert await promtool("check", "metrics", stdin=page) == (0, "")
+
+
+async def test_what_has_not_happened_yet_is_counted_from_zero(tmp_path: Path) -> None:
+    make_site(tmp_path, KEYS)
+    upstream = f"127.0.0.1:{free_port()}"
+    async with running_proxy(tmp_path, site_config(tmp_path, KEYS, upstream)) as proxy:
+        _, page = await proxy.admin("/metrics")
+    listener = f'listener="127.0.0.1:{proxy.port}"'
+    zeros = {line.removesuffix(" 0.0") for line in page.decode().splitlines() if line.endswith(" 0.0")}
+    assert zeros >= {
+        *(
+            f'tlsproxy_handshakes_total{{{listener},result="{result}",resumed="false",tls_version=""}}'
+            for result in HANDSHAKE_FAILURES
+        ),
+        *(
+            f'tlsproxy_handshakes_total{{{listener},result="ok",resumed="{resumed}",tls_version="{version}"}}'
+            for resumed, version in itertools.product(("false", "true"), ("TLSv1.2", "TLSv1.3"))
+        ),
+        *(
+            f'tlsproxy_connections_refused_total{{limit="{limit}",{listener}}}'
+            for limit in ("connections", "connections_per_client", "handshakes", "proxy_protocol")
+        ),
+        *(
+            f'tlsproxy_upstream_errors_total{{reason="{reason}",upstream="app"}}'
+            for reason in ("connect_failed", "connect_timeout", "response_timeout", "connection_lost", "no_server")
+        ),
+        f'tlsproxy_upstream_ejections_total{{server="{upstream}",upstream="app"}}',
+        'hsm_key_mismatches_total{token="local"}',
+        *(f'hsm_shed_total{{reason="{reason}"}}' for reason in ("queue_full", "overloaded", "no_key", "unavailable")),
+        *(f'hsm_hedges_total{{outcome="{outcome}"}}' for outcome in ("won", "lost", "no_budget")),
+        *(f'hsm_policy_rejected_total{{rule="{rule}"}}' for rule in ("key-scheme", "tls12-point", "tls13-length")),
+    }
 
 
 async def promtool(*arguments: str, stdin: bytes = b"") -> tuple[int, str]:

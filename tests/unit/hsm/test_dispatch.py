@@ -96,6 +96,10 @@ class Rig:
         self.now_ns += MS
         self.sweep.run()
 
+    def results(self, token: str) -> dict[str, float]:
+        samples = read_samples(self.store.fd, {metrics.SIGN_REQUESTS.name: metrics.SIGN_REQUESTS})
+        return {s.labels[2]: s.values[0] for s in samples if s.labels[:2] == (token, SCHEME.label)}
+
     def count(self, family, *labels: str) -> float:
         samples = read_samples(self.store.fd, metrics.FAMILIES)
         return sum(s.values[0] for s in samples if s.family is family and s.labels[: len(labels)] == labels)
@@ -112,6 +116,11 @@ def rig():
     yield make
     for made in rigs:
         made.store.close()
+
+
+def reasons(caplog, event: str) -> list[str]:
+    """Return the reasons that the log gives for `event`."""
+    return [record.reason for record in caplog.records if record.getMessage() == event]
 
 
 def error_of(request: Request) -> BaseException | None:
@@ -297,13 +306,28 @@ async def test_the_sweep_expires_and_a_late_answer_changes_nothing(rig):
     assert rig.count(metrics.SIGN_REQUESTS, "a", SCHEME.label, "expired") == 1
 
 
-async def test_a_token_that_signs_nothing_until_five_deadlines_pass_is_not_trusted(rig):
+async def test_what_a_token_can_fail_by_is_counted_from_zero_once_it_has_signed(rig):
+    rig = rig("a")
+    worker = rig.worker(0)
+    assert rig.results("a") == {}
+    rig.ask()
+    rig.answer(worker, 1)
+    assert rig.results("a") == {
+        "ok": 1,
+        **dict.fromkeys(("cancelled", "error", "expired", "no_key", "overloaded", "policy", "unavailable"), 0),
+    }
+
+
+async def test_a_token_that_signs_nothing_until_five_deadlines_pass_is_not_trusted(rig, caplog):
     rig = rig("a")
     rig.worker(0, window=8)
     rig.ask(5)
     rig.now_ns += DEADLINE_NS
     rig.sweep.run()
     assert not rig.tokens[0].is_trusted
+    assert reasons(caplog, "token a: circuit open") == [
+        "5 of the last 5 requests failed, the last by: no answer before the deadline"
+    ]
     assert rig.sweep.is_needed
     rig.now_ns += SECOND
     assert rig.sweep.run() == rig.tokens
@@ -320,7 +344,7 @@ async def test_expired_answers_of_a_token_that_signs_for_others_do_not_count_aga
     assert rig.tokens[0].is_trusted
 
 
-async def test_what_a_stalled_worker_owes_is_asked_elsewhere(rig):
+async def test_what_a_stalled_worker_owes_is_asked_elsewhere(rig, caplog):
     rig = rig("a", "b")
     workers = [rig.worker(0), rig.worker(1)]
     requests = rig.ask(4)
@@ -331,11 +355,22 @@ async def test_what_a_stalled_worker_owes_is_asked_elsewhere(rig):
     rig.sweep_twice()
     assert workers[0].stalled
     assert not rig.tokens[0].is_trusted
+    assert reasons(caplog, "token a: circuit open") == ["stalled: 2 unanswered, the oldest for 1001 ms"]
     rig.answer(workers[1], *rig.sent(workers[1]))
     assert all(request.future.result().token == "b" for request in requests)
     rig.answer(workers[0], *ids[0])
     assert not workers[0].stalled
     assert rig.tokens[0].load.in_flight == 0
+
+
+async def test_workers_that_die_at_work_open_the_circuit_and_the_log_says_so(rig, caplog):
+    rig = rig("a", "b")
+    rig.worker(1)
+    for _ in range(5):
+        worker = rig.worker(0)
+        rig.ask(2)
+        worker.connection_lost(None)
+    assert reasons(caplog, "token a: circuit open") == ["5 of the last 5 requests failed, the last by: connection lost"]
 
 
 async def test_answers_that_a_busy_event_loop_has_not_read_yet_are_not_missing(rig):

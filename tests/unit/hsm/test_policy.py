@@ -4,7 +4,7 @@ import pytest
 
 from hsm.errors import PolicyRejected
 from hsm.messages import SignatureScheme
-from hsm.policy import check_tls_server
+from hsm.policy import RULES, check_tls_server
 
 ECDSA = SignatureScheme.ECDSA_SECP256R1_SHA256
 PSS = SignatureScheme.RSA_PSS_RSAE_SHA256
@@ -33,30 +33,34 @@ def test_allows_a_tls12_server_key_exchange(scheme: SignatureScheme, group: int,
     check_tls_server(scheme, key_exchange(group, share))
 
 
-@pytest.mark.parametrize(
-    ("rule", "scheme", "tbs"),
-    [
-        ("tls13-length", ECDSA, CONTEXT),
-        ("tls13-length", ECDSA, CONTEXT + b"h" * 31),
-        ("tls13-length", ECDSA, CONTEXT + b"h" * 33),
-        ("tls13-length", ECDSA, CONTEXT + b"h" * 64),
-        ("tls13-scheme", PKCS1, CONTEXT + b"h" * 32),
-        ("tls12-length", ECDSA, b""),
-        ("tls12-length", ECDSA, RANDOMS + b"\x03\x00\x17"),
-        ("tls12-length", ECDSA, key_exchange(29, b"x" * 31)),
-        ("tls12-length", ECDSA, key_exchange(29, b"x" * 33)),
-        ("tls12-length", ECDSA, key_exchange(23, b"\x04" + b"x" * 64) + b"y"),
-        ("tls12-length", ECDSA, key_exchange(23, b"\x04" + b"x" * 64)[:-1]),
-        ("tls12-curve-type", ECDSA, key_exchange(23, b"\x04" + b"x" * 64, curve_type=1)),
-        ("tls12-group", ECDSA, key_exchange(25, b"\x04" + b"x" * 132)),
-        ("tls12-point", ECDSA, key_exchange(23, b"\x02" + b"x" * 64)),
-        ("tls12-point", ECDSA, key_exchange(24, b"\x00" + b"x" * 96)),
-    ],
-)
+BROKEN: list[tuple[str, SignatureScheme, bytes]] = [
+    ("tls13-length", ECDSA, CONTEXT),
+    ("tls13-length", ECDSA, CONTEXT + b"h" * 31),
+    ("tls13-length", ECDSA, CONTEXT + b"h" * 33),
+    ("tls13-length", ECDSA, CONTEXT + b"h" * 64),
+    ("tls13-scheme", PKCS1, CONTEXT + b"h" * 32),
+    ("tls12-length", ECDSA, b""),
+    ("tls12-length", ECDSA, RANDOMS + b"\x03\x00\x17"),
+    ("tls12-length", ECDSA, key_exchange(29, b"x" * 31)),
+    ("tls12-length", ECDSA, key_exchange(29, b"x" * 33)),
+    ("tls12-length", ECDSA, key_exchange(23, b"\x04" + b"x" * 64) + b"y"),
+    ("tls12-length", ECDSA, key_exchange(23, b"\x04" + b"x" * 64)[:-1]),
+    ("tls12-curve-type", ECDSA, key_exchange(23, b"\x04" + b"x" * 64, curve_type=1)),
+    ("tls12-group", ECDSA, key_exchange(25, b"\x04" + b"x" * 132)),
+    ("tls12-point", ECDSA, key_exchange(23, b"\x02" + b"x" * 64)),
+    ("tls12-point", ECDSA, key_exchange(24, b"\x00" + b"x" * 96)),
+]
+
+
+@pytest.mark.parametrize(("rule", "scheme", "tbs"), BROKEN)
 def test_names_the_rule_that_is_broken(rule: str, scheme: SignatureScheme, tbs: bytes) -> None:
     with pytest.raises(PolicyRejected) as caught:
         check_tls_server(scheme, tbs)
     assert caught.value.rule == rule
+
+
+def test_every_rule_is_known_beforehand() -> None:
+    assert {rule for rule, _, _ in BROKEN} == set(RULES)
 
 
 @pytest.mark.parametrize(
