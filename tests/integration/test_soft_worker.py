@@ -130,7 +130,8 @@ def test_counts_what_the_policy_refuses(tmp_path: Path, files: SoftTokenFiles) -
         client.ask(request(tbs=b"x"), request(scheme=0x0804), request(tbs=b"y"))
         samples = read_samples(store, {metrics.POLICY_REJECTED.name: metrics.POLICY_REJECTED})
     os.close(store)
-    assert {sample.labels: sample.values for sample in samples} == {("tls12-length",): (2,), ("key-scheme",): (1,)}
+    counted = {sample.labels: sample.values for sample in samples if sample.values != (0,)}
+    assert counted == {("tls12-length",): (2,), ("key-scheme",): (1,)}
 
 
 @pytest.mark.parametrize(
