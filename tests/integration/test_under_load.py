@@ -29,10 +29,14 @@ async def site(directory: Path, *, hsm_workers: int = 1, **changes: Any) -> Asyn
 
 
 async def test_a_proxy_worker_killed_breaks_its_own_connections_only(tmp_path: Path) -> None:
-    async with site(tmp_path, workers=2) as proxy, steady_load(proxy.port, proxy.client_context) as load:
+    # A worker that is stopped may have all four clients: it must not be replaced before the test has killed it.
+    async with (
+        site(tmp_path, workers=2, hang_timeout="60s") as proxy,
+        steady_load(proxy.port, proxy.client_context) as load,
+    ):
         victim = proxy.proxy_workers[0]
         os.kill(victim, signal.SIGSTOP)
-        await load.until_answered(1)
+        await proxy.until(lambda: is_stopped(victim), "stopped")
         own = client_ports(victim, proxy.port)
         before = await counters(proxy)
         os.kill(victim, signal.SIGKILL)
@@ -41,6 +45,10 @@ async def test_a_proxy_worker_killed_breaks_its_own_connections_only(tmp_path: P
         assert {port for port, _ in load.failures} <= own
         after = await counters(proxy)
         assert all(after[name] >= count for name, count in before.items())
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def client_ports(pid: int, port: int) -> set[int]:
