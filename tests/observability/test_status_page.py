@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
-from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from hsm.messages import KeyType
@@ -79,20 +78,18 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
-    def run(self, script: str) -> Any:
-        return self.driver.execute_script(script)
+    def run(self, script: str, *arguments: str) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    # The page changes by itself: what is to be read is found and read in one step.
 
     def text(self, selector: str) -> str:
-        return self.driver.find_element(By.CSS_SELECTOR, selector).text
+        return str(self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector))
 
     def cells(self, caption: str) -> list[str]:
         """Return the first row of a table."""
-        return [
-            cell.text
-            for cell in self.driver.find_elements(
-                By.CSS_SELECTOR, f"[aria-label^='{caption}'] tbody tr:first-child > *"
-            )
-        ]
+        row = f"[aria-label^='{caption}'] tbody tr:first-child > *"
+        return list(self.run("return [...document.querySelectorAll(arguments[0])].map((cell) => cell.innerText)", row))
 
     def label(self, chart: str) -> str:
         return str(self.run(f"return document.querySelector('#{chart} svg').getAttribute('aria-label')"))
@@ -272,8 +269,10 @@ async def running_admin_port(source: Fixture) -> AsyncIterator[None]:
     source.port = listening.getsockname()[1]
     server = AdminServer(listening, source)
     await server.start()
-    yield
-    await server.close()
+    try:
+        yield
+    finally:
+        await server.close()
 
 
 async def test_trouble_is_said_in_text_that_is_readable_and_so_are_figures_that_are_old(browser: Browser) -> None:
