@@ -65,6 +65,7 @@ async def test_a_ticket_made_before_a_take_over_resumes_after_it_and_after_the_n
                 first, resumed = await asyncio.to_thread(get_resuming, proxy.port, context, first)
                 assert resumed
             assert await proxy.metric("tlsproxy_handshakes_total", resumed="true", result="ok") == 1
+            assert await proxy.stop() == 0
 
 
 def get_resuming(
