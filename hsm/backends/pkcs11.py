@@ -45,7 +45,7 @@ class Pkcs11Signer(Signer):
         """Open the session. Raises CryptokiError."""
         self._backend = backend
         self._token = backend.token
-        self._sign = backend.library.sign
+        self._sign = backend.module.sign
         self._session: Session | None = None
         self._open_session(self._token.state)
         self._confirmed: OpenToken | None = None
@@ -136,9 +136,9 @@ class Pkcs11Backend(Backend):
         self._sessions_slot = store.gauge(metrics.SESSIONS, (name, "open"))
         self._reopens_slot = store.counter(metrics.SESSION_REOPENS, (name,))
         self._store_lock = threading.Lock()
-        self.library = _load(module_path)
+        self.module = _load(module_path)
         try:
-            self.token = TokenKeeper(self.library, selector, bytearray(pin), key_references)
+            self.token = TokenKeeper(self.module, selector, bytearray(pin), key_references)
             self._signers = self._open_sessions(sessions)
             self._keys, self.recipes = self._usable_keys()
         except BaseException:
@@ -164,7 +164,7 @@ class Pkcs11Backend(Backend):
     def close(self) -> None:
         """End the login and all sessions. No signer may be at work."""
         with contextlib.suppress(CryptokiError):
-            self.library.finalize()
+            self.module.finalize()
 
     def count_session_lost(self) -> None:
         """Count a session that is of no more use. Called by signers, in their threads."""

@@ -279,7 +279,7 @@ def test_recovers_in_spite_of_errors_in_recovery(
 
 def test_initialises_a_module_again_that_has_forgotten_it(open_token: Callable[..., Pkcs11Backend]) -> None:
     backend = open_token()
-    backend.library.finalize()
+    backend.module.finalize()
     sign(backend)
 
 
