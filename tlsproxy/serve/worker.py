@@ -168,6 +168,8 @@ class Worker:
             server.close()
             await _take_backlog(listening, runtime)
             listening.close()
+        # A connection just accepted is counted when the loop has told its protocol, which is one step later.
+        await asyncio.sleep(0)
         for runtime in self._listeners:
             runtime.drain()
         deadline = monotonic() + deadline_s
