@@ -70,17 +70,13 @@ class RequestRules:
 
 
 class ResponseRules:
-    """What a route does to the header fields of responses, made ready.
+    """What a route does to the header fields of responses, made ready. `always` comes last, whatever the rules say."""
 
-    `always` are fields that the proxy's own error responses have too.
-    """
-
-    __slots__ = ("always", "appended", "not_sent")
+    __slots__ = ("appended", "not_sent")
 
     def __init__(self, rules: HeaderRules, always: Sequence[tuple[str, str]] = ()) -> None:
         self.not_sent = _HOP_BY_HOP | _names(rules) | {name.lower().encode() for name, _ in always}
-        self.always = _lines(always)
-        self.appended = _lines((*rules.set, *rules.add)) + self.always
+        self.appended = _lines((*rules.set, *rules.add, *always))
 
 
 def _names(rules: HeaderRules) -> set[bytes]:
@@ -124,7 +120,7 @@ def request_head(request: RequestHead, hop: Hop, rules: RequestRules) -> bytes:
         if b"_" in lower and lower.replace(b"_", b"-") in _NOT_SENT_UP:
             # CGI and WSGI servers read X_Forwarded_For as X-Forwarded-For.
             continue
-        if lower == b"expect" and request.http_1_0:
+        if lower == b"expect" and request.version == b"1.0":
             continue
         out += (name, b": ", value, b"\r\n")
     if request.chunked:
@@ -135,7 +131,7 @@ def request_head(request: RequestHead, hop: Hop, rules: RequestRules) -> bytes:
         out.append(b"Connection: Upgrade\r\nUpgrade: %b\r\n" % request.upgrade)
     elif request.takes_trailers:
         out.append(b"Connection: TE\r\nTE: trailers\r\n")
-    vias.append(b"1.0 tlsproxy" if request.http_1_0 else b"1.1 tlsproxy")
+    vias.append(request.version + b" tlsproxy")
     if hop.trusted or hop.forwarded:
         out.append(_origin_fields(request, hop, host))
     else:

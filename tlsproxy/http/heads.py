@@ -38,7 +38,8 @@ class RequestHead(NamedTuple):
     """The Host value as received; empty if an HTTP/1.0 client sent none."""
     host_name: str
     """Its name, lower case, without port."""
-    http_1_0: bool
+    version: bytes
+    """Of HTTP, as the client spoke it: `1.0`, `1.1` or `2.0`."""
     fields: list[Field]
     connection_options: list[bytes]
     """Members of Connection, lower case."""
@@ -157,7 +158,7 @@ def _understand_request(method: bytes, target: bytes, version: bytes, fields: li
         routing_path(target),
         host or b"",
         "" if host is None else host_name(host),
-        http_1_0,
+        version,
         fields,
         options,
         content_length,

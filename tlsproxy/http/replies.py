@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
+from tlsproxy.http.heads import ResponseHead
+from tlsproxy.http.syntax import Field
 
-def own_reply(status: int, *, keep_alive: bool, head_only: bool = False, fields: bytes = b"") -> bytes:
-    """Return a whole response that says no more than its status; `head_only` for a HEAD request.
 
-    `fields` are further header fields as whole lines.
-    """
-    phrase = HTTPStatus(status).phrase
-    body = f"{status} {phrase}\n"
-    head = (
-        f"HTTP/1.1 {status} {phrase}\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n"
-        f"Cache-Control: no-store\r\nConnection: {'keep-alive' if keep_alive else 'close'}\r\n"
+def own_reply(status: int) -> tuple[ResponseHead, bytes]:
+    """Return head and body of a response that says no more than its status."""
+    body = f"{status} {HTTPStatus(status).phrase}\n".encode("ascii")
+    fields = [(b"content-type", b"Content-Type", b"text/plain"), (b"cache-control", b"Cache-Control", b"no-store")]
+    return _head(status, fields, len(body)), body
+
+
+def redirect_reply(status: int, location: str) -> ResponseHead:
+    """Return the head of a response without a body that sends the client to `location`."""
+    return _head(status, [(b"location", b"Location", location.encode("ascii"))], 0)
+
+
+def _head(status: int, fields: list[Field], length: int) -> ResponseHead:
+    return ResponseHead(
+        status=status,
+        reason=HTTPStatus(status).phrase.encode("ascii"),
+        fields=fields,
+        connection_options=[],
+        content_length=length,
+        chunked=False,
+        has_body=length > 0,
+        keep_alive=True,
+        upgrade=b"",
     )
-    return b"%b%b\r\n%b" % (head.encode("ascii"), fields, b"" if head_only else body.encode("ascii"))
-
-
-def redirect_reply(status: int, location: str, *, keep_alive: bool, fields: bytes) -> bytes:
-    """Return a whole response that sends the client to `location`."""
-    head = (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nLocation: {location}\r\nContent-Length: 0\r\n"
-        f"Connection: {'keep-alive' if keep_alive else 'close'}\r\n"
-    )
-    return b"%b%b\r\n" % (head.encode("ascii"), fields)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tlsproxy.config import HstsConfig, RedirectConfig, RouteConfig
+from tlsproxy.config import HeaderRules, HstsConfig, RedirectConfig, RouteConfig
 from tlsproxy.http.forwarding import RequestRules, ResponseRules
 from tlsproxy.http.heads import RequestHead
 
@@ -17,6 +17,8 @@ class Route:
     config: RouteConfig
     request_rules: RequestRules
     response_rules: ResponseRules
+    reply_rules: ResponseRules
+    """For responses that the proxy makes in the upstream's place."""
 
 
 _Paths = tuple[tuple[bytes, Route], ...]
@@ -64,7 +66,12 @@ class Router:
 
 def _route(config: RouteConfig) -> Route:
     always = () if config.hsts is None else (("Strict-Transport-Security", _hsts(config.hsts)),)
-    return Route(config, RequestRules(config.request_headers), ResponseRules(config.response_headers, always))
+    return Route(
+        config,
+        RequestRules(config.request_headers),
+        ResponseRules(config.response_headers, always),
+        ResponseRules(HeaderRules((), (), ()), always),
+    )
 
 
 def _hsts(config: HstsConfig) -> str:

@@ -1,7 +1,7 @@
 """One request and its response, on their way through an upstream connection.
 
-The client's side (http_connection) hands in the request's body as it comes and is handed the response as bytes to
-send. Neither body is held: each side pauses the other when its transport is full.
+The client's side (responder) hands in the request's body as it comes and is handed the response. Neither body is held:
+each side pauses the other when its transport is full.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tlsproxy.errors import UpstreamError
 from tlsproxy.http.affinity import hash_key
 from tlsproxy.http.chunks import chunk, last_chunk
 from tlsproxy.http.codec import ResponseReader
-from tlsproxy.http.forwarding import Hop, request_head, request_id, response_head
+from tlsproxy.http.forwarding import Hop, request_head, request_id
 from tlsproxy.http.heads import RequestHead, ResponseHead
 from tlsproxy.http.pace import Pace
 from tlsproxy.http.routing import Route
@@ -27,7 +27,7 @@ from tlsproxy.serve.upstream import Upstream
 from tlsproxy.serve.upstream_connection import UpstreamConnection
 
 if TYPE_CHECKING:
-    from tlsproxy.serve.http_connection import HttpConnection
+    from tlsproxy.serve.responder import Responder
     from tlsproxy.serve.tracing import RequestTrace
 
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))
@@ -40,11 +40,9 @@ class Exchange:
     """Lives from a request's head to the last byte of its response."""
 
     __slots__ = (
-        "_chunked_response",
         "_client",
         "_connection",
         "_interim_responses",
-        "_keep_alive",
         "_pending",
         "_reader",
         "_request_ended",
@@ -64,7 +62,7 @@ class Exchange:
 
     def __init__(
         self,
-        client: HttpConnection,
+        client: Responder,
         request: RequestHead,
         route: Route,
         upstream: Upstream,
@@ -86,8 +84,6 @@ class Exchange:
         self._reader = ResponseReader()
         self._response: ResponseHead | None = None
         self._interim_responses = 0
-        self._chunked_response = False
-        self._keep_alive = False
         self._request_id = client.runtime.next_request_id()
         self._started = False
         self._tried: list[Server] = []
@@ -195,8 +191,8 @@ class Exchange:
             if not self._retry(error.reason):
                 self._fail(error)
             return False
-        if self._chunked_response:
-            self._client.send(last_chunk((), ()))
+        self._client.end_response((), self.route.response_rules)
+        self._client.flush_response()
         self._complete(connection)
         return False
 
@@ -240,7 +236,7 @@ class Exchange:
         assert connection is not None
         begun = self._response is not None
         try:
-            pieces = self._read_response()
+            self._read_response()
         except UpstreamError as error:
             if not begun:
                 # Nothing of it has been sent: the client gets a 502, not a response cut off.
@@ -248,8 +244,7 @@ class Exchange:
             self._client.runtime.metrics.count_rejected(error.reason)
             self._fail(error)
             return
-        if pieces:
-            self._client.send(*pieces)
+        self._client.flush_response()
         if self._connection is None:
             return
         if self._reader.at_end:
@@ -272,25 +267,24 @@ class Exchange:
         if self._connection is not None:
             self._pass_response_on()
 
-    def _read_response(self) -> list[bytes]:
-        pieces: list[bytes] = []
+    def _read_response(self) -> None:
+        """Hand on what is there of the response: head, part of the body, end."""
+        client = self._client
+        rules = self.route.response_rules
         if self._response is None:
-            head = self._read_final_head(pieces)
+            head = self._read_final_head()
             if head is None:
-                return pieces
-            pieces.append(self._begin_response(head))
+                return
+            self._response = head
+            client.begin_response(self.request, head, rules)
         data = self._reader.read_body()
         if data:
-            if self._chunked_response:
-                pieces.extend(chunk(data))
-            else:
-                pieces.append(data)
-        if self._chunked_response and self._reader.at_end:
-            pieces.append(last_chunk(self._reader.trailers, self.route.response_rules.not_sent))
-        return pieces
+            client.add_to_response(data)
+        if self._reader.at_end:
+            client.end_response(self._reader.trailers, rules)
 
-    def _read_final_head(self, pieces: list[bytes]) -> ResponseHead | None:
-        """Return the head of the response proper, or None until it is there; interim ones become `pieces`."""
+    def _read_final_head(self) -> ResponseHead | None:
+        """Return the head of the response proper, or None until it is there; interim ones are handed on."""
         request = self.request
         while (head := self._reader.read_head(request.method)) is not None:
             if head.status >= 200:
@@ -302,22 +296,8 @@ class Exchange:
             self._interim_responses += 1
             if self._interim_responses > MAX_INTERIM_RESPONSES:
                 raise UpstreamError(502, "too_many_interim_responses")
-            if not request.http_1_0:
-                rules = self.route.response_rules
-                pieces.append(response_head(head, rules, chunked=False, http_1_0=False, keep_alive=True))
+            self._client.send_interim_response(request, head, self.route.response_rules)
         return None
-
-    def _begin_response(self, head: ResponseHead) -> bytes:
-        self._response = head
-        http_1_0 = self.request.http_1_0
-        unknown_length = head.has_body and head.content_length is None
-        self._chunked_response = unknown_length and not http_1_0
-        # A body of unknown length ends an HTTP/1.0 connection; a request not read to its end hides the next one.
-        self._keep_alive = self._client.may_keep_alive and self._request_ended and not (unknown_length and http_1_0)
-        rules = self.route.response_rules
-        return response_head(
-            head, rules, chunked=self._chunked_response, http_1_0=http_1_0, keep_alive=self._keep_alive
-        )
 
     def _complete(self, connection: UpstreamConnection) -> None:
         self._connection = None
@@ -328,7 +308,7 @@ class Exchange:
             connection.release()
         else:
             connection.abort()
-        self._client.exchange_completed(keep_alive=self._keep_alive)
+        self._client.exchange_completed()
 
     def _switch_protocols(self, connection: UpstreamConnection) -> None:
         """Leave the connection to a tunnel: what follows is no HTTP."""

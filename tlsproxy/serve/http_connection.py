@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from hsm.logs import EventLog
 from tlsproxy.errors import HttpError, UpstreamError
+from tlsproxy.http.chunks import chunk, last_chunk
 from tlsproxy.http.codec import RequestReader
-from tlsproxy.http.forwarding import client_address
-from tlsproxy.http.heads import RequestHead
+from tlsproxy.http.forwarding import ResponseRules, response_head
+from tlsproxy.http.heads import RequestHead, ResponseHead
 from tlsproxy.http.pace import Pace
-from tlsproxy.http.replies import own_reply, redirect_reply
-from tlsproxy.http.routing import Route, redirect_location
+from tlsproxy.http.syntax import Field
 from tlsproxy.serve.client import ClientConnection, PauseReason, Phase
 from tlsproxy.serve.exchange import Exchange
+from tlsproxy.serve.responder import CLIENT_CLOSED, Responder
 from tlsproxy.serve.tunnel import Tunnel
 from tlsproxy.serve.upstream_connection import UpstreamConnection
 
 if TYPE_CHECKING:
     from tlsproxy.serve.handshake import HandshakeSummary
     from tlsproxy.serve.listener import ListenerRuntime
-    from tlsproxy.serve.tracing import RequestTrace, Tracing
 
 PIPELINED_BYTES = 64 * 1024
 """What is read ahead while a response is under way. Reading on is how a client that leaves is noticed."""
@@ -32,22 +32,19 @@ STEPS_PER_TURN = 16
 DRAIN_IDLE_S = 2.0
 """How long a connection without a request is kept once the proxy drains."""
 
-CLIENT_CLOSED = 499
-"""What is counted and logged as the status of a request whose client left before the response began, as nginx does."""
 
-ACCESS_LOG = "tlsproxy.access"
-_requests = EventLog(ACCESS_LOG, "request")
-
-
-class HttpConnection(ClientConnection):
+class HttpConnection(ClientConnection, Responder):
     """A client that speaks HTTP/1.1, inside TLS or not."""
 
     __slots__ = (
         "_advancing",
+        "_chunked_response",
         "_closing_input",
         "_exchange",
         "_head_started",
+        "_keep_alive",
         "_reader",
+        "_response",
         "_tunnel",
         "_untraced_handshake",
         "client_ip_bytes",
@@ -59,6 +56,11 @@ class HttpConnection(ClientConnection):
         self._reader = RequestReader(runtime.config.limits.header_bytes)
         self._exchange: Exchange | None = None
         self._tunnel: Tunnel | None = None
+        self._response: list[bytes] = []
+        """What is to be sent with the next flush."""
+        self._chunked_response = False
+        self._keep_alive = False
+        """After the present response the connection can carry another request."""
         self._advancing = False
         self._head_started = False
         self._closing_input = False
@@ -66,13 +68,6 @@ class HttpConnection(ClientConnection):
         """What the first request on the connection had to wait for, if requests are traced."""
         self.client_ip_bytes = b""
         self.peer_is_trusted = False
-        """The peer is a proxy whose word on where requests come from is believed."""
-
-    @property
-    def may_keep_alive(self) -> bool:
-        """After the present exchange the connection can carry another."""
-        exchange = self._exchange
-        return exchange is not None and exchange.request.keep_alive and not self.runtime.draining
 
     # What ClientConnection calls.
 
@@ -145,7 +140,7 @@ class HttpConnection(ClientConnection):
         if exchange is not None:
             self._exchange = None
             exchange.cancel()
-            self._record(exchange.request, exchange.status or CLIENT_CLOSED, exchange, reason="client_closed")
+            self.record(exchange.request, exchange.status or CLIENT_CLOSED, exchange, reason="client_closed")
         elif self._tunnel is not None:
             self._tunnel.close()
 
@@ -159,35 +154,65 @@ class HttpConnection(ClientConnection):
 
     # What an exchange calls.
 
-    def client_address(self, request: RequestHead) -> str:
-        """Return where a request came from: the peer's address, or the one a trusted proxy tells."""
-        if self.peer_is_trusted:
-            return client_address(request, self.client_ip, self.runtime.is_trusted)
-        return self.client_ip
-
     def accept_body(self, accept: bool) -> None:
-        """Read on, or no further for now: the upstream can take more of the request's body, or can't."""
+        """Read on, or no further for now."""
         if accept:
             self.resume(PauseReason.UPSTREAM)
         else:
             self.pause(PauseReason.UPSTREAM)
         self._set_deadline()
 
-    def exchange_completed(self, *, keep_alive: bool) -> None:
-        """The response has been sent to its end."""
+    def send_interim_response(self, request: RequestHead, head: ResponseHead, rules: ResponseRules) -> None:
+        """Pass it on, but not to HTTP/1.0."""
+        if request.version != b"1.0":
+            self._response.append(response_head(head, rules, chunked=False, http_1_0=False, keep_alive=True))
+
+    def begin_response(self, request: RequestHead | None, head: ResponseHead, rules: ResponseRules) -> None:
+        """Write the head."""
+        http_1_0 = request is not None and request.version == b"1.0"
+        unknown_length = head.has_body and head.content_length is None
+        self._chunked_response = unknown_length and not http_1_0
+        exchange = self._exchange
+        if exchange is not None:
+            # A body of unknown length ends an HTTP/1.0 connection.
+            self._keep_alive = self._may_keep_alive(exchange) and not (unknown_length and http_1_0)
+        self._response.append(
+            response_head(head, rules, chunked=self._chunked_response, http_1_0=http_1_0, keep_alive=self._keep_alive)
+        )
+
+    def add_to_response(self, data: bytes) -> None:
+        """Write it as it is, or as a chunk."""
+        if self._chunked_response:
+            self._response.extend(chunk(data))
+        else:
+            self._response.append(data)
+
+    def end_response(self, trailers: Sequence[Field], rules: ResponseRules) -> None:
+        """Write the last chunk."""
+        if self._chunked_response:
+            self._response.append(last_chunk(trailers, rules.not_sent))
+
+    def flush_response(self) -> None:
+        """Send what there is, in one go."""
+        if self._response:
+            pieces, self._response = self._response, []
+            self.send(*pieces)
+
+    def exchange_completed(self) -> None:
+        """Go on with the next request, or close."""
         exchange = self._exchange
         assert exchange is not None
         self._exchange = None
         self.resume(PauseReason.UPSTREAM)
-        self._record(exchange.request, exchange.status, exchange)
-        self._next(keep_alive=keep_alive)
+        self.record(exchange.request, exchange.status, exchange)
+        self._next()
 
     def protocol_switched(self, connection: UpstreamConnection, data: bytes) -> None:
-        """The server has answered 101, and `data` has come after it: from here on bytes pass as they are."""
+        """Leave the connection to a tunnel."""
         exchange = self._exchange
         assert exchange is not None
         self._exchange = None
-        self._record(exchange.request, 101, exchange)
+        self.record(exchange.request, 101, exchange)
         tunnel = self._tunnel = Tunnel(self, exchange.upstream)
         if ahead := self._reader.take_buffered():
             tunnel.client_data(ahead)
@@ -199,18 +224,19 @@ class HttpConnection(ClientConnection):
             tunnel.client_ended()
 
     def exchange_failed(self, error: UpstreamError) -> None:
-        """Answer in the upstream's place; a response already begun can only be cut off."""
+        """Reply, or cut the response off."""
         exchange = self._exchange
         assert exchange is not None
-        keep_alive = self.may_keep_alive and exchange.request_ended
+        self._response.clear()
+        self._keep_alive = self._may_keep_alive(exchange)
         self._exchange = None
         self.resume(PauseReason.UPSTREAM)
         if exchange.status:
-            self._record(exchange.request, exchange.status, exchange, reason=error.reason)
+            self.record(exchange.request, exchange.status, exchange, reason=error.reason)
             self.abort()
             return
-        self._reply_for(exchange, error, keep_alive=keep_alive)
-        self._next(keep_alive=keep_alive)
+        self.reply_for(exchange, error)
+        self._next()
 
     # Inside.
 
@@ -283,14 +309,12 @@ class HttpConnection(ClientConnection):
         """Start an exchange, or answer what needs no upstream."""
         runtime = self.runtime
         route = runtime.router.find(request.host_name, request.path)
-        trace = None if runtime.tracing is None else self._begin_trace(runtime.tracing, request, route)
+        handshake, self._untraced_handshake = self._untraced_handshake, None
+        trace = self.begin_trace(request, route, handshake)
         if route is None or route.config.upstream is None:
-            keep_alive = request.keep_alive and not request.has_body and not runtime.draining
-            if route is None:
-                self._reply(request, 404, keep_alive=keep_alive, trace=trace)
-            else:
-                self._redirect(request, route, trace, keep_alive=keep_alive)
-            if not keep_alive:
+            self._keep_alive = request.keep_alive and not request.has_body and not runtime.draining
+            self.answer_without_upstream(request, route, trace)
+            if not self._keep_alive:
                 self.finish()
             return
         if route.config.body_bytes:
@@ -298,32 +322,13 @@ class HttpConnection(ClientConnection):
         self._exchange = Exchange(self, request, route, runtime.upstreams[route.config.upstream], trace)
         self._exchange.start()
 
-    def _begin_trace(self, tracing: Tracing, request: RequestHead, route: Route | None) -> RequestTrace:
-        """Begin the request's trace."""
-        handshake, self._untraced_handshake = self._untraced_handshake, None
-        return tracing.begin(
-            request,
-            route,
-            scheme=self.runtime.proto.decode("ascii"),
-            client_ip=self.client_address(request),
-            trusted=self.peer_is_trusted,
-            handshake=handshake,
-        )
+    def _may_keep_alive(self, exchange: Exchange) -> bool:
+        """Tell whether another request can follow; one not read to its end hides the next."""
+        return exchange.request.keep_alive and exchange.request_ended and not self.runtime.draining
 
-    def _redirect(self, request: RequestHead, route: Route, trace: RequestTrace | None, *, keep_alive: bool) -> None:
-        redirect = route.config.redirect
-        assert redirect is not None
-        location = redirect_location(redirect, request)
-        if location is None:
-            self._reply(request, 400, keep_alive=keep_alive, route=route, trace=trace)
-            return
-        fields = route.response_rules.appended
-        self.send(redirect_reply(redirect.status, location, keep_alive=keep_alive, fields=fields))
-        self._record(request, redirect.status, trace=trace)
-
-    def _next(self, *, keep_alive: bool) -> None:
+    def _next(self) -> None:
         """Go on with the next request, or close."""
-        if not keep_alive or self.runtime.draining:
+        if not self._keep_alive or self.runtime.draining:
             self.finish()
             return
         self._set_deadline()
@@ -351,80 +356,15 @@ class HttpConnection(ClientConnection):
         """Answer a request that broke a rule or a limit, and close: where the next one starts is not known."""
         self.runtime.metrics.count_rejected(error.reason)
         exchange, self._exchange = self._exchange, None
+        self._keep_alive = False
         if exchange is None:
-            self._reply(None, error.status, keep_alive=False, reason=error.reason)
+            self.reply(None, error.status, reason=error.reason)
             self.finish()
             return
         exchange.cancel()
         if exchange.status:
-            self._record(exchange.request, exchange.status, exchange, reason=error.reason)
+            self.record(exchange.request, exchange.status, exchange, reason=error.reason)
             self.abort()
         else:
-            self._reply_for(exchange, error, keep_alive=False)
+            self.reply_for(exchange, error)
             self.finish()
-
-    def _reply_for(self, exchange: Exchange, error: HttpError | UpstreamError, *, keep_alive: bool) -> None:
-        """Answer in the upstream's place."""
-        self._reply(
-            exchange.request,
-            error.status,
-            keep_alive=keep_alive,
-            route=exchange.route,
-            exchange=exchange,
-            reason=error.reason,
-        )
-
-    def _reply(
-        self,
-        request: RequestHead | None,
-        status: int,
-        *,
-        keep_alive: bool,
-        route: Route | None = None,
-        exchange: Exchange | None = None,
-        reason: str = "",
-        trace: RequestTrace | None = None,
-    ) -> None:
-        head_only = request is not None and request.method == b"HEAD"
-        fields = b"" if route is None else route.response_rules.always
-        self.send(own_reply(status, keep_alive=keep_alive, head_only=head_only, fields=fields))
-        self._record(request, status, exchange, reason=reason, trace=trace)
-
-    def _record(
-        self,
-        request: RequestHead | None,
-        status: int,
-        exchange: Exchange | None = None,
-        *,
-        reason: str = "",
-        trace: RequestTrace | None = None,
-    ) -> None:
-        """Count and log a request that has ended; `reason` is why it failed, if it did."""
-        now_s = monotonic()
-        duration_s = 0.0
-        upstream = ""
-        if exchange is not None:
-            duration_s = now_s - exchange.started_s
-            trace = exchange.trace
-            if exchange.status or status == CLIENT_CLOSED:
-                upstream = exchange.upstream.name
-        method = b"" if request is None else request.method
-        self.runtime.metrics.count_request(upstream, method, status, duration_s)
-        if _requests.takes(now_s):
-            fields = {
-                "client": self.client_ip,
-                "method": method.decode("ascii"),
-                "host": None if request is None else request.host_name,
-                "target": None if request is None else request.target.decode("ascii"),
-                "status": status,
-                "reason": reason or None,
-                "upstream": upstream or None,
-                "duration_s": round(duration_s, 6),
-                "trace_id": None if trace is None else trace.recorded_id,
-            }
-            if exchange is not None:
-                fields["server"] = None if exchange.server is None else str(exchange.server.address)
-                fields["request_id"] = exchange.request_id.decode("latin-1")
-            _requests.write(fields)
-        if trace is not None:
-            trace.ended(status, reason)

@@ -253,7 +253,7 @@ def _request_attributes(
         "url.path": request.target.partition(b"?")[0].decode("ascii"),
         "server.address": request.host_name,
         "client.address": client_ip,
-        "network.protocol.version": "1.0" if request.http_1_0 else "1.1",
+        "network.protocol.version": request.version.decode("ascii"),
     }
     if method == _OTHER:
         attributes["http.request.method_original"] = request.method.decode("ascii")

@@ -39,8 +39,8 @@ from tlsproxy.serve.control import (
 )
 from tlsproxy.serve.counting import ListenerMetrics, UpstreamMetrics
 from tlsproxy.serve.handshake import HANDSHAKE_LOG
-from tlsproxy.serve.http_connection import ACCESS_LOG
 from tlsproxy.serve.listener import ListenerRuntime
+from tlsproxy.serve.responder import ACCESS_LOG
 from tlsproxy.serve.sandbox import confine
 from tlsproxy.serve.sockets import BACKLOG
 from tlsproxy.serve.upstream import Upstream

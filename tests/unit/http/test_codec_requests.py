@@ -91,7 +91,7 @@ def test_who_may_use_the_connection_again(version: str, connection: str, keep_al
 
 def test_http_1_0_without_host_is_served() -> None:
     head, _ = read(b"GET / HTTP/1.0\r\n\r\n")
-    assert (head.host, head.host_name, head.http_1_0) == (b"", "", True)
+    assert (head.host, head.host_name, head.version) == (b"", "", b"1.0")
 
 
 def test_absolute_form_is_turned_into_origin_form() -> None:

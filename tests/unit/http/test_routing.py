@@ -81,7 +81,7 @@ def test_hsts_is_part_of_every_answer() -> None:
         found = Router([route(hsts=hsts, response_headers=HeaderRules((("X", "1"),), (), ()))]).find("a", b"/")
         assert found is not None
         line = b"Strict-Transport-Security: " + value + b"\r\n"
-        assert (found.response_rules.always, found.response_rules.appended) == (line, b"X: 1\r\n" + line)
+        assert (found.reply_rules.appended, found.response_rules.appended) == (line, b"X: 1\r\n" + line)
         assert b"strict-transport-security" in found.response_rules.not_sent
 
 
