@@ -46,7 +46,7 @@ CERTIFICATE = SIGNER.certificate(KeyType.ECDSA_P256, "localhost", name="www")
 CLIENT_CONTEXT = client_context(AUTHORITY)
 TIMEOUTS = ListenerTimeouts(handshake_s=10, header_s=10, body_idle_s=30, idle_s=60, tunnel_idle_s=3600)
 LIMITS = ListenerLimits(
-    header_bytes=65536, body_bytes=0, body_rate=0, connections=0, connections_per_client=0, handshakes=0
+    header_bytes=65536, body_bytes=0, body_rate=0, connections=0, connections_per_client=0, handshakes=0, streams=100
 )
 UPSTREAM_TIMEOUTS = UpstreamTimeouts(connect_s=2, response_s=30, idle_s=60, queue_s=5)
 
@@ -206,6 +206,7 @@ async def data_plane(
         proxy_protocol_from=(),
         trusted_proxies=(),
         forwarded=False,
+        http2=False,
         routes=tuple(route(**{**inherited, **changes}) for changes in routes),
         upstream="app" if mode is ListenerMode.TCP else None,
         origin=ORIGIN,
@@ -214,7 +215,7 @@ async def data_plane(
     pool = TestPool()
     runtime = ListenerRuntime(
         config,
-        tls=TlsContext([CERTIFICATE]) if tls else None,
+        tls=TlsContext([CERTIFICATE], alpn_protocols=config.alpn_protocols) if tls else None,
         signing_keys=cast("Mapping[str, SigningKey]", {"www": CERTIFICATE}),
         pool=cast("SignerPool", pool),
         upstreams=upstreams,

@@ -174,6 +174,8 @@ class ListenerLimits:
     connections_per_client: int
     handshakes: int
     """TLS handshakes under way at a time."""
+    streams: int
+    """Requests at a time on a connection, in HTTP/2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,11 +247,20 @@ class ListenerConfig:
     """http: peers whose X-Forwarded-* and Forwarded are believed and passed on."""
     forwarded: bool
     """http: upstreams are sent Forwarded (RFC 7239) too."""
+    http2: bool
+    """http: clients may choose HTTP/2 (by ALPN)."""
     routes: tuple[RouteConfig, ...]
     """http: by host, then longest path."""
     upstream: str | None
     """tcp: where the bytes go."""
     origin: Origin
+
+    @property
+    def alpn_protocols(self) -> tuple[bytes, ...]:
+        """What is spoken inside TLS, best first; empty if that is not for the proxy to know."""
+        if self.mode is ListenerMode.TCP:
+            return ()
+        return (b"h2", b"http/1.1") if self.http2 else (b"http/1.1",)
 
 
 class Balance(str, enum.Enum):

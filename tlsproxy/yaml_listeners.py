@@ -68,12 +68,14 @@ def read_listener(value: Value) -> ListenerConfig:
     routes: tuple[RouteConfig, ...] = ()
     trusted_proxies: tuple[Network, ...] = ()
     forwarded = False
+    http2 = False
     upstream = None
     if mode is ListenerMode.HTTP:
         read_route = _RouteReader(limits, timeouts, tls=profile is not None)
         routes = reader.required("routes", lambda item: item.each(read_route, at_least=1), ())
         trusted_proxies = reader.optional("trusted_proxies", lambda item: item.each(read_network), ())
         forwarded = reader.optional("forwarded", Value.boolean, False)
+        http2 = reader.optional("http2", Value.boolean if profile is not None else _no_http2, False)
     else:
         upstream = reader.required("upstream", read_name, None)
     result = ListenerConfig(
@@ -86,6 +88,7 @@ def read_listener(value: Value) -> ListenerConfig:
         proxy_protocol_from=reader.optional("proxy_protocol_from", lambda item: item.each(read_network), ()),
         trusted_proxies=trusted_proxies,
         forwarded=forwarded,
+        http2=http2,
         routes=routes,
         upstream=upstream,
         origin=value.origin,
@@ -101,6 +104,13 @@ def _tls(value: Value) -> TlsProfile | None:
     profile = reader.optional("profile", lambda item: item.choice(TlsProfile), TlsProfile.INTERMEDIATE)
     reader.finish()
     return profile
+
+
+def _no_http2(value: Value) -> bool:
+    if value.boolean():
+        value.note("expected http2 only where there is TLS, whose ALPN chooses it; got it with tls: off")
+        raise InvalidValueError
+    return False
 
 
 def _timeouts(reader: MappingReader) -> ListenerTimeouts:
@@ -129,6 +139,7 @@ def _limits(reader: MappingReader) -> ListenerLimits:
         connections=count("connections", 20_000),
         connections_per_client=count("connections_per_client", 0),
         handshakes=count("handshakes", 2048),
+        streams=reader.optional("streams", lambda value: value.integer(1, 1000), 100),
     )
     reader.finish()
     return limits

@@ -55,10 +55,18 @@ def last_chunk(trailers: Sequence[Field], not_sent: Collection[bytes]) -> bytes:
     if not trailers:
         return _LAST_CHUNK
     out = [b"0\r\n"]
-    for lower, name, value in trailers:
-        # CGI and WSGI servers read X_Forwarded_For as X-Forwarded-For.
-        read_as = lower.replace(b"_", b"-")
-        if read_as not in _NEVER_IN_TRAILERS and read_as not in not_sent and lower not in not_sent:
-            out += (name, b": ", value, b"\r\n")
+    for _, name, value in passed_trailers(trailers, not_sent):
+        out += (name, b": ", value, b"\r\n")
     out.append(b"\r\n")
     return b"".join(out)
+
+
+def passed_trailers(trailers: Sequence[Field], not_sent: Collection[bytes]) -> list[Field]:
+    """Return those `trailers` that may go on. `not_sent` as for the header."""
+    passed = []
+    for field in trailers:
+        # CGI and WSGI servers read X_Forwarded_For as X-Forwarded-For.
+        read_as = field[0].replace(b"_", b"-")
+        if read_as not in _NEVER_IN_TRAILERS and read_as not in not_sent and field[0] not in not_sent:
+            passed.append(field)
+    return passed

@@ -72,11 +72,13 @@ class RequestRules:
 class ResponseRules:
     """What a route does to the header fields of responses, made ready. `always` comes last, whatever the rules say."""
 
-    __slots__ = ("appended", "not_sent")
+    __slots__ = ("appended", "appended_fields", "not_sent")
 
     def __init__(self, rules: HeaderRules, always: Sequence[tuple[str, str]] = ()) -> None:
         self.not_sent = _HOP_BY_HOP | _names(rules) | {name.lower().encode() for name, _ in always}
-        self.appended = _lines((*rules.set, *rules.add, *always))
+        appended = (*rules.set, *rules.add, *always)
+        self.appended = _lines(appended)
+        self.appended_fields = [(name.lower().encode(), value.encode()) for name, value in appended]
 
 
 def _names(rules: HeaderRules) -> set[bytes]:

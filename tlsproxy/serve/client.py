@@ -36,6 +36,8 @@ LINGER_S = 20.0
 
 Many send all of a large body before they read the response that refuses it.
 """
+DRAIN_IDLE_S = 2.0
+"""How long a connection without a request is kept once the proxy drains: one may be on its way."""
 
 
 class Phase(enum.Enum):

@@ -1,4 +1,7 @@
-"""HTTP/1.1 on a client connection: requests are read one after the other, each becomes an exchange with an upstream."""
+"""HTTP on a client connection: 1.1 here, where requests are read one after the other, each becoming an exchange.
+
+What goes on in another protocol (HTTP/2 by ALPN, or what a 101 has switched to) is a successor's.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from tlsproxy.http.forwarding import ResponseRules, response_head
 from tlsproxy.http.heads import RequestHead, ResponseHead
 from tlsproxy.http.pace import Pace
 from tlsproxy.http.syntax import Field
-from tlsproxy.serve.client import ClientConnection, PauseReason, Phase
+from tlsproxy.serve.client import DRAIN_IDLE_S, ClientConnection, PauseReason, Phase
 from tlsproxy.serve.exchange import Exchange
+from tlsproxy.serve.http2_session import Http2Session
 from tlsproxy.serve.responder import CLIENT_CLOSED, Responder
 from tlsproxy.serve.tunnel import Tunnel
 from tlsproxy.serve.upstream_connection import UpstreamConnection
@@ -29,12 +33,10 @@ PIPELINED_BYTES = 64 * 1024
 """What is read ahead while a response is under way. Reading on is how a client that leaves is noticed."""
 STEPS_PER_TURN = 16
 """Requests answered by the proxy itself before other connections get their turn."""
-DRAIN_IDLE_S = 2.0
-"""How long a connection without a request is kept once the proxy drains."""
 
 
 class HttpConnection(ClientConnection, Responder):
-    """A client that speaks HTTP/1.1, inside TLS or not."""
+    """A client that speaks HTTP, inside TLS or not."""
 
     __slots__ = (
         "_advancing",
@@ -45,7 +47,7 @@ class HttpConnection(ClientConnection, Responder):
         "_keep_alive",
         "_reader",
         "_response",
-        "_tunnel",
+        "_successor",
         "_untraced_handshake",
         "client_ip_bytes",
         "peer_is_trusted",
@@ -55,7 +57,7 @@ class HttpConnection(ClientConnection, Responder):
         super().__init__(runtime)
         self._reader = RequestReader(runtime.config.limits.header_bytes)
         self._exchange: Exchange | None = None
-        self._tunnel: Tunnel | None = None
+        self._successor: Tunnel | Http2Session | None = None
         self._response: list[bytes] = []
         """What is to be sent with the next flush."""
         self._chunked_response = False
@@ -78,11 +80,13 @@ class HttpConnection(ClientConnection, Responder):
         self.client_ip_bytes = self.client_ip.encode("ascii")
         self.peer_is_trusted = self.runtime.is_trusted(self.client_ip)
         self.deadline = monotonic() + self.runtime.config.timeouts.header_s
+        if handshake is not None and handshake.complete.alpn == b"h2":
+            self._successor = Http2Session(self, self._untraced_handshake)
 
     def plaintext_received(self, data: bytes) -> None:
         """Read on."""
-        if self._tunnel is not None:
-            self._tunnel.client_data(data)
+        if self._successor is not None:
+            self._successor.client_data(data)
             return
         self._reader.receive(data)
         self._advance()
@@ -91,8 +95,8 @@ class HttpConnection(ClientConnection, Responder):
         """Answer what is there; a request that is not whole never will be."""
         self._closing_input = True
         exchange = self._exchange
-        if self._tunnel is not None:
-            self._tunnel.client_ended()
+        if self._successor is not None:
+            self._successor.client_ended()
         elif exchange is None:
             if not self._paused & PauseReason.TURN:
                 self.finish()
@@ -101,8 +105,8 @@ class HttpConnection(ClientConnection, Responder):
 
     def output_writable(self, writable: bool) -> None:
         """Take no further requests while the client does not read; the exchange sees to the upstream."""
-        if self._tunnel is not None:
-            self._tunnel.client_writable(writable)
+        if self._successor is not None:
+            self._successor.client_writable(writable)
         elif writable:
             self.resume(PauseReason.CLIENT)
             self._set_deadline()
@@ -116,8 +120,8 @@ class HttpConnection(ClientConnection, Responder):
     def open_timeout(self, now_s: float) -> None:
         """End what takes too long: 408 where a request is missing its rest."""
         exchange = self._exchange
-        if self._tunnel is not None:
-            self._tunnel.idle_timeout(now_s)
+        if self._successor is not None:
+            self._successor.idle_timeout(now_s)
         elif self.write_paused:
             if not self.output_progressed(now_s):
                 self.abort()
@@ -141,15 +145,14 @@ class HttpConnection(ClientConnection, Responder):
             self._exchange = None
             exchange.cancel()
             self.record(exchange.request, exchange.status or CLIENT_CLOSED, exchange, reason="client_closed")
-        elif self._tunnel is not None:
-            self._tunnel.close()
+        elif self._successor is not None:
+            self._successor.close()
 
     def drain(self) -> None:
-        """Close after the next response; if idle, soon: a request that is on its way now would be lost.
-
-        A tunnel goes on: only the protocol inside knows when it may end.
-        """
-        if self._exchange is None and self._tunnel is None and not self._head_started:
+        """Close after the next response; if idle, soon: a request that is on its way now would be lost."""
+        if self._successor is not None:
+            self._successor.drain()
+        elif self._exchange is None and not self._head_started:
             self.deadline = min(self.deadline, monotonic() + DRAIN_IDLE_S)
 
     # What an exchange calls.
@@ -213,7 +216,7 @@ class HttpConnection(ClientConnection, Responder):
         assert exchange is not None
         self._exchange = None
         self.record(exchange.request, 101, exchange)
-        tunnel = self._tunnel = Tunnel(self, exchange.upstream)
+        tunnel = self._successor = Tunnel(self, exchange.upstream)
         if ahead := self._reader.take_buffered():
             tunnel.client_data(ahead)
         tunnel.upstream_ready(connection)

@@ -80,6 +80,9 @@ class Tunnel:
         if not client.write_paused or not client.output_progressed(now_s):
             client.finish()
 
+    def drain(self) -> None:
+        """Go on: only the protocol inside knows when it may end."""
+
     # What the upstream calls.
 
     def hash_key(self, source: HashConfig) -> bytes:  # noqa: ARG002 - of the bytes inside nothing is known
@@ -181,4 +184,5 @@ class TunnelConnection(ClientConnection):
         self._tunnel.close()
 
     def drain(self) -> None:
-        """Go on: only the protocol inside knows when it may end."""
+        """Go on."""
+        self._tunnel.drain()

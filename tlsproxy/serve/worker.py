@@ -25,7 +25,7 @@ from hsm.metricstore import MetricStore
 from hsm.pool import SignerPool
 from hsm.seal import become, forbid_new_privileges
 from tlsproxy import metrics
-from tlsproxy.config import Address, Config, ListenerMode
+from tlsproxy.config import Address, Config
 from tlsproxy.serve.anatomy import SlowHandshake
 from tlsproxy.serve.control import (
     HEARTBEAT_S,
@@ -105,7 +105,7 @@ class Worker:
                 tls = self._tls_context(
                     [certificates[name] for name in listener.certificates],
                     TlsProfile(listener.profile.value),
-                    listener.mode,
+                    listener.alpn_protocols,
                 )
             self._listeners.append(
                 ListenerRuntime(
@@ -122,9 +122,10 @@ class Worker:
         self._accepting: list[tuple[ListenerRuntime, socket.socket, asyncio.Server]] = []
         self._periodic: list[asyncio.Task[None]] = []
 
-    def _tls_context(self, certificates: Sequence[Certificate], profile: TlsProfile, mode: ListenerMode) -> TlsContext:
-        protocols = (b"http/1.1",) if mode is ListenerMode.HTTP else ()
-        context = TlsContext(certificates, profile=profile, alpn_protocols=protocols)
+    def _tls_context(
+        self, certificates: Sequence[Certificate], profile: TlsProfile, alpn_protocols: Sequence[bytes]
+    ) -> TlsContext:
+        context = TlsContext(certificates, profile=profile, alpn_protocols=alpn_protocols)
         context.set_ticket_keys(self._spec.ticket_keys)
         return context
 

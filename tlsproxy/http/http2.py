@@ -1,0 +1,238 @@
+"""One HTTP/2 connection as its server sees it (RFC 9113): bytes in, events out. The protocol is the h2 library's.
+
+Before h2 stands what it leaves to its owner: frames go in one by one, so that one turn of the loop takes a bounded
+number of them; a frame that is too large is refused by its length, not after all of it has been held; and frames that
+cost much and bring nothing forward are on a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from h2 import events as h2_events
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError
+from h2.settings import SettingCodes, Settings
+from hyperframe.frame import GoAwayFrame
+
+STREAM_WINDOW_BYTES = 256 * 1024
+"""What a client may send of one request's body before the server behind has taken it."""
+CONNECTION_WINDOW_BYTES = 1024 * 1024
+"""The same for all requests of a connection together, and so what the proxy may come to hold for them."""
+
+_PREFACE_BYTES = 24
+_FRAME_HEAD_BYTES = 9
+_MAX_FRAME_BYTES = 1 << 14
+"""SETTINGS_MAX_FRAME_SIZE, of which we leave the initial value (RFC 9113 section 6.5.2)."""
+_DEFAULT_WINDOW_BYTES = (1 << 16) - 1
+_LAST_STREAM_ID = (1 << 31) - 1
+
+_DATA, _HEADERS, _RST_STREAM, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 7, 8
+_END_STREAM = 1
+_BUDGET = 1000.0
+_BUDGET_PER_S = 50.0
+_RESET_COST = 5.0
+"""A request taken back at once has cost us a connection to a server."""
+
+
+class Http2Error(Exception):
+    """The client broke the protocol or its budget: the connection ends. `rule` is a metric label, from a fixed set."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__(rule)
+        self.rule = rule
+
+
+class HeadersReceived(NamedTuple):
+    """A request begins."""
+
+    stream_id: int
+    fields: list[tuple[bytes, bytes]]
+    """With the pseudo-header fields, as h2 has checked them (RFC 9113 section 8.2, 8.3.1)."""
+    ended: bool
+    """There is no body."""
+
+
+class DataReceived(NamedTuple):
+    """A part of a request's body, perhaps empty."""
+
+    stream_id: int
+    data: bytes
+    window_bytes: int
+    """What it takes of the windows, padding included: to be given back by `consumed`."""
+    ended: bool
+
+
+class TrailersReceived(NamedTuple):
+    """The end of a request's body, with trailer fields."""
+
+    stream_id: int
+    fields: list[tuple[bytes, bytes]]
+
+
+class StreamReset(NamedTuple):
+    """The client wants no response any more."""
+
+    stream_id: int
+
+
+class WindowOpened(NamedTuple):
+    """The client takes more on this stream; 0: perhaps on any."""
+
+    stream_id: int
+
+
+Event = HeadersReceived | DataReceived | TrailersReceived | StreamReset | WindowOpened
+
+
+class Http2Connection:
+    """The server's side of one connection. `header_bytes` limits a request's head, `streams` the requests at a time."""
+
+    __slots__ = ("_budget", "_budget_since_s", "_buffer", "_h2", "_preface_read", "client_leaves", "highest_stream_id")
+
+    def __init__(self, *, header_bytes: int, streams: int) -> None:
+        h2 = H2Connection(
+            H2Configuration(
+                client_side=False,
+                header_encoding=None,
+                # Heads are ours or read by our own rules; h2 would check each field six times.
+                validate_outbound_headers=False,
+                normalize_outbound_headers=False,
+            )
+        )
+        h2.local_settings = Settings(
+            client=False,
+            initial_values={
+                SettingCodes.MAX_CONCURRENT_STREAMS: streams,
+                SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW_BYTES,
+                SettingCodes.MAX_HEADER_LIST_SIZE: header_bytes,
+            },
+        )
+        h2.decoder.max_header_list_size = header_bytes
+        h2.initiate_connection()
+        h2.increment_flow_control_window(CONNECTION_WINDOW_BYTES - _DEFAULT_WINDOW_BYTES)
+        self._h2 = h2
+        self._buffer = b""
+        self._preface_read = False
+        self._budget = _BUDGET
+        self._budget_since_s = 0.0
+        self.client_leaves = False
+        """The client will begin no further request (GOAWAY)."""
+        self.highest_stream_id = 0
+
+    # In.
+
+    def receive(self, data: bytes) -> None:
+        """Take bytes from the client."""
+        self._buffer = self._buffer + data if self._buffer else data
+
+    def next_events(self, now_s: float) -> list[Event] | None:
+        """Read the next frame and return what it means, or None while it is incomplete.
+
+        Raises Http2Error. What is then to be sent ends with a GOAWAY that says why.
+        """
+        buffer = self._buffer
+        if not self._preface_read:
+            if len(buffer) < _PREFACE_BYTES:
+                return None
+            self._buffer = buffer[_PREFACE_BYTES:]
+            self._preface_read = True
+            return self._feed(buffer[:_PREFACE_BYTES])
+        if len(buffer) < _FRAME_HEAD_BYTES:
+            return None
+        length = int.from_bytes(buffer[:3], "big")
+        if length > _MAX_FRAME_BYTES:
+            self._h2.close_connection(ErrorCodes.FRAME_SIZE_ERROR)
+            raise Http2Error("http2_frame_too_large")
+        end = _FRAME_HEAD_BYTES + length
+        if len(buffer) < end:
+            return None
+        kind, flags = buffer[3], buffer[4]
+        self._spend(kind, flags, length, now_s)
+        self._buffer = buffer[end:]
+        if kind == _GOAWAY:
+            # h2 would let go of the streams that are open, which the client still waits for.
+            self.client_leaves = True
+            return []
+        return self._feed(buffer[:end])
+
+    def _spend(self, kind: int, flags: int, length: int, now_s: float) -> None:
+        """Take a frame off the budget, unless it brings a request forward. Raises Http2Error.
+
+        Floods of them, HEADERS with RST_STREAM among them, have brought servers down at the cost of a few bytes each
+        (CVE-2019-9512 to 9518, CVE-2023-44487, CVE-2024-27316).
+        """
+        if kind in (_HEADERS, _WINDOW_UPDATE) or (kind == _DATA and (length or flags & _END_STREAM)):
+            return
+        self._budget = min(_BUDGET, self._budget + (now_s - self._budget_since_s) * _BUDGET_PER_S)
+        self._budget_since_s = now_s
+        self._budget -= _RESET_COST if kind == _RST_STREAM else 1.0
+        if self._budget < 0:
+            self._h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
+            raise Http2Error("http2_flood")
+
+    def _feed(self, data: bytes) -> list[Event]:
+        try:
+            found = self._h2.receive_data(data)
+        except ProtocolError as error:
+            flood = error.error_code == ErrorCodes.ENHANCE_YOUR_CALM
+            raise Http2Error("header_too_large" if flood else "http2_protocol_error") from None
+        events: list[Event] = []
+        for event in found:
+            if isinstance(event, h2_events.DataReceived):
+                ended = event.stream_ended is not None
+                events.append(DataReceived(event.stream_id, event.data, event.flow_controlled_length, ended))
+            elif isinstance(event, h2_events.RequestReceived):
+                self.highest_stream_id = event.stream_id
+                events.append(HeadersReceived(event.stream_id, _pairs(event.headers), event.stream_ended is not None))
+            elif isinstance(event, h2_events.TrailersReceived):
+                events.append(TrailersReceived(event.stream_id, _pairs(event.headers)))
+            elif isinstance(event, h2_events.StreamReset):
+                events.append(StreamReset(event.stream_id))
+            elif isinstance(event, h2_events.WindowUpdated):
+                events.append(WindowOpened(event.stream_id))
+            elif isinstance(event, h2_events.RemoteSettingsChanged):
+                events.append(WindowOpened(0))
+        return events
+
+    def consumed(self, stream_id: int, window_bytes: int) -> None:
+        """Let the client send as much again: the server behind has taken it."""
+        if window_bytes:
+            self._h2.acknowledge_received_data(window_bytes, stream_id)
+
+    # Out. A stream that is named here is open on our side.
+
+    def send_headers(self, stream_id: int, fields: Sequence[tuple[bytes, bytes]], *, ended: bool) -> None:
+        """Send the head of a response, or its trailers (`ended`)."""
+        self._h2.send_headers(stream_id, fields, end_stream=ended)
+
+    def room(self, stream_id: int) -> int:
+        """Return how many bytes of a body the next send_data may have."""
+        return min(self._h2.local_flow_control_window(stream_id), self._h2.max_outbound_frame_size)
+
+    def send_data(self, stream_id: int, data: bytes | memoryview, *, ended: bool) -> None:
+        """Send a part of a response's body, at most what there is `room` for."""
+        self._h2.send_data(stream_id, data, end_stream=ended)
+
+    def reset(self, stream_id: int, code: ErrorCodes) -> None:
+        """End a stream, or take the rest of its request as unneeded (NO_ERROR after a whole response)."""
+        self._h2.reset_stream(stream_id, code)
+
+    def data_to_send(self) -> bytes:
+        """Return the bytes for the client, once."""
+        return self._h2.data_to_send()
+
+    def announce_end(self) -> bytes:
+        """Return a GOAWAY that asks for no further requests and refuses none yet (RFC 9113 section 6.8)."""
+        return GoAwayFrame(0, last_stream_id=_LAST_STREAM_ID, error_code=ErrorCodes.NO_ERROR).serialize()
+
+    def close(self) -> None:
+        """Say that this is the end, and up to which request the client has been served."""
+        self._h2.close_connection(ErrorCodes.NO_ERROR)
+
+
+def _pairs(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    return [(bytes(name), bytes(value)) for name, value in headers]
