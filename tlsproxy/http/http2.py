@@ -140,7 +140,7 @@ class Http2Connection:
                 return None
             self._buffer = buffer[_PREFACE_BYTES:]
             self._preface_read = True
-            return self._feed(buffer[:_PREFACE_BYTES])
+            return self._feed(buffer[:_PREFACE_BYTES], now_s)
         if len(buffer) < _FRAME_HEAD_BYTES:
             return None
         length = int.from_bytes(buffer[:3], "big")
@@ -157,7 +157,7 @@ class Http2Connection:
             # h2 would let go of the streams that are open, which the client still waits for.
             self.client_leaves = True
             return []
-        return self._feed(buffer[:end])
+        return self._feed(buffer[:end], now_s)
 
     def _spend(self, kind: int, flags: int, length: int, now_s: float) -> None:
         """Take a frame off the budget, unless it brings a request forward. Raises Http2Error.
@@ -167,14 +167,17 @@ class Http2Connection:
         """
         if kind in (_HEADERS, _WINDOW_UPDATE) or (kind == _DATA and (length or flags & _END_STREAM)):
             return
+        self._charge(_RESET_COST if kind == _RST_STREAM else 1.0, now_s)
+
+    def _charge(self, cost: float, now_s: float) -> None:
         self._budget = min(_BUDGET, self._budget + (now_s - self._budget_since_s) * _BUDGET_PER_S)
         self._budget_since_s = now_s
-        self._budget -= _RESET_COST if kind == _RST_STREAM else 1.0
+        self._budget -= cost
         if self._budget < 0:
             self._h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
             raise Http2Error("http2_flood")
 
-    def _feed(self, data: bytes) -> list[Event]:
+    def _feed(self, data: bytes, now_s: float) -> list[Event]:
         try:
             found = self._h2.receive_data(data)
         except ProtocolError as error:
@@ -191,6 +194,9 @@ class Http2Connection:
             elif isinstance(event, h2_events.TrailersReceived):
                 events.append(TrailersReceived(event.stream_id, _pairs(event.headers)))
             elif isinstance(event, h2_events.StreamReset):
+                if not event.remote_reset:
+                    # h2 has answered a broken frame so: it costs us the same (CVE-2025-8671).
+                    self._charge(_RESET_COST, now_s)
                 events.append(StreamReset(event.stream_id))
             elif isinstance(event, h2_events.WindowUpdated):
                 events.append(WindowOpened(event.stream_id))

@@ -1,7 +1,7 @@
 """Heads in HTTP/2 and what they are in HTTP/1.1, which servers behind are spoken to in (RFC 9113 section 8).
 
-h2 has checked what a request must not have (fields of a connection, upper case, two authorities that differ, a body
-that is not as long as it says); what is checked here is what must not get into a head of HTTP/1.1.
+h2 has checked what a request must not have (fields of a connection, upper case, two authorities that differ); what is
+checked here is what must not get into a head of HTTP/1.1.
 """
 
 from __future__ import annotations
@@ -86,6 +86,9 @@ def _understand(pseudo: dict[bytes, bytes], fields: list[Field], *, ended: bool)
             takes_trailers = True
     if host is None:
         raise MessageError("bad_host")
+    if ended and content_length:
+        # In HTTP/1.1 the next request would be taken for the body.
+        raise MessageError("wrong_length")
     target = origin_form(method, target, host)
     return RequestHead(
         method=method,

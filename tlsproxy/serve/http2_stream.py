@@ -36,6 +36,7 @@ class Http2Stream(Responder):
         "_exchange",
         "_heads",
         "_held_bytes",
+        "_length_left",
         "_output",
         "_request_ended",
         "_response_ended",
@@ -63,6 +64,9 @@ class Http2Stream(Responder):
         self._exchange: Exchange | None = None
         self._request_ended = False
         self._body_left: int | None = None
+        """Until the route's limit."""
+        self._length_left: int | None = None
+        """Of the Content-Length. h2 does not look at it where a body ends with trailers."""
         self._accepting = True
         self._held_bytes = 0
         """Of the windows, taken by what the server behind has not."""
@@ -94,6 +98,7 @@ class Http2Stream(Responder):
             return
         exchange = Exchange(self, request, route, self.runtime.upstreams[route.config.upstream], trace)
         self._exchange = exchange
+        self._length_left = request.content_length
         if route.config.body_bytes:
             self._body_left = route.config.body_bytes
             if request.content_length is not None and request.content_length > self._body_left:
@@ -113,11 +118,11 @@ class Http2Stream(Responder):
         if exchange is None:
             self._give_back()
             return
-        if self._body_left is not None:
-            self._body_left -= len(part.data)
-            if self._body_left < 0:
-                self._refuse(HttpError(413, "body_too_large"))
-                return
+        try:
+            self._measure(len(part.data), ended=part.ended)
+        except HttpError as error:
+            self._refuse(error)
+            return
         if part.data and exchange.pace is not None:
             exchange.pace.received(len(part.data), monotonic())
         exchange.send(part.data, last=part.ended)
@@ -131,6 +136,7 @@ class Http2Stream(Responder):
         if self._exchange is None:
             return
         try:
+            self._measure(0, ended=True)
             trailers = trailers_of(fields)
         except HttpError as error:
             self._refuse(error)
@@ -298,6 +304,17 @@ class Http2Stream(Responder):
         else:
             self.reply_for(exchange, error)
         self._give_back()
+
+    def _measure(self, size: int, *, ended: bool) -> None:
+        """Hold the body against its length, which the server behind believes, and its limit. Raises HttpError."""
+        if self._length_left is not None:
+            self._length_left -= size
+            if self._length_left < 0 or (ended and self._length_left):
+                raise HttpError(400, "wrong_length")
+        if self._body_left is not None:
+            self._body_left -= size
+            if self._body_left < 0:
+                raise HttpError(413, "body_too_large")
 
     def _complete(self) -> None:
         """The response has gone out: the rest of the request, if any, is of no use (RFC 9113 section 8.1)."""

@@ -82,6 +82,8 @@ class HttpConnection(ClientConnection, Responder):
         self.deadline = monotonic() + self.runtime.config.timeouts.header_s
         if handshake is not None and handshake.complete.alpn == b"h2":
             self._successor = Http2Session(self, self._untraced_handshake)
+            if self.runtime.draining:
+                self._successor.drain()
 
     def plaintext_received(self, data: bytes) -> None:
         """Read on."""

@@ -180,6 +180,7 @@ class Responder(ABC):
                 "method": method.decode("ascii"),
                 "host": None if request is None else request.host_name,
                 "target": None if request is None else request.target.decode("ascii"),
+                "version": None if request is None else request.version.decode("ascii"),
                 "status": status,
                 "reason": reason or None,
                 "upstream": upstream or None,

@@ -253,7 +253,7 @@ def _request_attributes(
         "url.path": request.target.partition(b"?")[0].decode("ascii"),
         "server.address": request.host_name,
         "client.address": client_ip,
-        "network.protocol.version": request.version.decode("ascii"),
+        "network.protocol.version": "2" if request.version == b"2.0" else request.version.decode("ascii"),
     }
     if method == _OTHER:
         attributes["http.request.method_original"] = request.method.decode("ascii")
