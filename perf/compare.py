@@ -35,6 +35,10 @@ RUNS: dict[str, tuple[ModuleType, str]] = {
     "storm": (storm, f"{_HSM_SERVERS} --rate 700 --turns 3 --seconds 3"),
     "resumed": (handshakes, "--key-type ecdsa-p256 --resumed --turns 3 --seconds 1"),
     "requests": (requests, "--turns 5 --seconds 1"),
+    "requests in HTTP/2": (
+        requests,
+        "--http2 10 --server nginx --server tlsproxy --server haproxy --turns 3 --seconds 1",
+    ),
     "Python peers": (requests, f"{_PYTHON_SERVERS} --turns 2 --seconds 1"),
     "bulk": (bulk, "--turns 3 --seconds 1"),
     "Python peers, bulk": (bulk, f"{_PYTHON_SERVERS} --turns 2 --seconds 1"),

@@ -17,12 +17,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's options."""
     add_server_arguments(parser, SERVERS)
     add_load_arguments(parser, seconds=1.0, turns=5, concurrency=16)
+    parser.add_argument(
+        "--http2", type=int, default=0, metavar="STREAMS", help="in HTTP/2, with so many under way on each connection"
+    )
     parser.add_argument("--path", default="/", help="what to ask for (default: 100 bytes at /)")
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Part]:
-    """Measure; yield the one part."""
-    yield _part(take_turns(arguments, "requests", Turn.of, path=arguments.path), arguments)
+    """Measure; yield the one part. Raises RuntimeError."""
+    if arguments.http2 and arguments.rate is not None:
+        raise RuntimeError("--http2 is a closed loop only: leave --rate out")
+    yield _part(take_turns(arguments, "requests", Turn.of, path=arguments.path, streams=arguments.http2), arguments)
 
 
 def _part(results: Results, arguments: argparse.Namespace) -> Part:
@@ -42,6 +47,8 @@ def _part(results: Results, arguments: argparse.Namespace) -> Part:
         )
     loop = "closed loop" if arguments.rate is None else f"open loop, {arguments.rate:g} due each second"
     title = "Small requests on TLS keep-alive"
+    if arguments.http2:
+        title = f"Small requests in HTTP/2, {arguments.http2} at a time on each connection"
     cpu_us = {case.server: series.cpu_s(PROXY_ROLE) * 1e6 for case, series in results.items()}
     return Part(
         title,

@@ -79,7 +79,7 @@ class NginxKeyFile(Nginx):
         return f"""
             upstream app {{ server 127.0.0.1:{self.site.backend_port}; keepalive 64; keepalive_requests 1000000000; }}
             server {{
-                listen 127.0.0.1:{self.port} ssl backlog=4096;
+                listen 127.0.0.1:{self.port} ssl http2 backlog=4096;
                 ssl_certificate {self.site.credential.chain_file}; ssl_certificate_key {self.certificate_key()};
                 ssl_protocols TLSv1.2 TLSv1.3; ssl_ecdh_curve {GROUPS};
                 location / {{

@@ -24,7 +24,7 @@ defaults
     timeout client 1h
     timeout server 1h
 frontend perf
-    bind 127.0.0.1:{self.port} ssl crt {self.site.credential.combined_file} alpn http/1.1 backlog 4096
+    bind 127.0.0.1:{self.port} ssl crt {self.site.credential.combined_file} alpn h2,http/1.1 backlog 4096
     default_backend app
 backend app
     http-reuse always

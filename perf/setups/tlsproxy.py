@@ -23,7 +23,9 @@ class Tlsproxy(Setup):
         """Write config.yaml."""
         tokens = self.tokens()
         listed = "\n".join(f"    - {yaml}" for yaml in tokens.values())
-        goal = 'routes: [{host: "*", path: /, upstream: app}]' if self.mode == "http" else "upstream: app"
+        goal = "upstream: app"
+        if self.mode == "http":
+            goal = 'http2: true\n    routes: [{host: "*", path: /, upstream: app}]'
         configuration = self.directory / "config.yaml"
         configuration.write_text(f"""
 workers: {self.site.workers}

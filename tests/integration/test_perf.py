@@ -80,6 +80,18 @@ async def test_requests_are_what_the_proxy_itself_counts(proxy):
     assert await proxy.metric("tlsproxy_http_requests_total", code="200") >= turn["operations"]
 
 
+async def test_requests_in_http2_are_what_the_proxy_itself_counts(tmp_path):
+    make_site(tmp_path, KEYS)
+    async with backend(takes_uploads) as upstream:
+        config = site_config(tmp_path, KEYS, f"127.0.0.1:{upstream.port}")
+        config["listeners"][0]["http2"] = True
+        async with running_proxy(tmp_path, config) as proxy:
+            turn = await measure(proxy, "requests", "--http2", "4")
+            assert turn["failures"] == {}
+            assert sum(turn["latencies"]["counts"].values()) >= turn["operations"] > 0
+            assert await proxy.metric("tlsproxy_http_requests_total", code="200") >= turn["operations"]
+
+
 async def test_uploads_are_what_the_proxy_itself_counts(proxy):
     turn = await measure(proxy, "bulk", "--upload", "--path", "/")
     assert turn["failures"] == {}
