@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from tlsproxy.http.syntax import Field
+from tlsproxy.http.syntax import PLAIN_NAME, Field
 
 _LAST_CHUNK = b"0\r\n\r\n"
 _NEVER_IN_TRAILERS = frozenset(
@@ -65,8 +65,9 @@ def passed_trailers(trailers: Sequence[Field], not_sent: Collection[bytes]) -> l
     """Return those `trailers` that may go on. `not_sent` as for the header."""
     passed = []
     for field in trailers:
-        # CGI and WSGI servers read X_Forwarded_For as X-Forwarded-For.
-        read_as = field[0].replace(b"_", b"-")
-        if read_as not in _NEVER_IN_TRAILERS and read_as not in not_sent and field[0] not in not_sent:
+        lower = field[0]
+        if lower.translate(None, PLAIN_NAME) or lower.startswith(b"x-forwarded-"):
+            continue
+        if lower not in _NEVER_IN_TRAILERS and lower not in not_sent:
             passed.append(field)
     return passed

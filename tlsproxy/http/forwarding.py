@@ -1,8 +1,8 @@
 """What changes in a message on its way through: heads are written anew, from what was understood of them.
 
 Hop-by-hop fields end here, also those that Connection names (RFC 9110 section 7.6.1). What a client says about itself
-in X-Forwarded-* and the like is deleted and said by the proxy instead, unless the peer is a trusted proxy. Message
-framing is written by the proxy alone.
+in X-Forwarded-* and the like is deleted and said by the proxy instead, unless the peer is a trusted proxy. Fields whose
+name is not PLAIN_NAME are deleted too, as nginx does. Message framing is written by the proxy alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tlsproxy.config import HeaderRules
 from tlsproxy.http.heads import RequestHead, ResponseHead
+from tlsproxy.http.syntax import PLAIN_NAME
 
 _HOP_BY_HOP = frozenset(
     (
@@ -119,8 +120,7 @@ def request_head(request: RequestHead, hop: Hop, rules: RequestRules) -> bytes:
             if lower == b"via":
                 vias.append(value)
             continue
-        if b"_" in lower and lower.replace(b"_", b"-") in _NOT_SENT_UP:
-            # CGI and WSGI servers read X_Forwarded_For as X-Forwarded-For.
+        if lower.translate(None, PLAIN_NAME) or (lower.startswith(b"x-forwarded-") and not hop.trusted):
             continue
         if lower == b"expect" and request.version == b"1.0":
             continue

@@ -18,6 +18,14 @@ _BAD_LINE = re.compile(rb"\n(?!" + TOKEN + rb":|\r\n|\Z)")
 _FIELD_LINE = re.compile(rb"^(" + TOKEN + rb"):([^\r]*)\r$", re.MULTILINE)
 _CONTENT_LENGTH = re.compile(rb"[0-9]{1,18}")
 
+PLAIN_NAME = b"-0123456789abcdefghijklmnopqrstuvwxyz"
+"""What the names of fields that go on are made of, in lower case.
+
+CGI and its heirs turn other characters into the same underscore as a hyphen, and give some names with an underscore a
+meaning of their own: X_Forwarded_For and X.Forwarded.For are read as X-Forwarded-For, and SCRIPT_NAME says for gunicorn
+which part of the path is to be left out.
+"""
+
 Field = tuple[bytes, bytes, bytes]
 """A header or trailer field: its name in lower case, its name as received, its value."""
 
