@@ -41,8 +41,8 @@ class RequestHead(NamedTuple):
     version: bytes
     """Of HTTP, as the client spoke it: `1.0`, `1.1` or `2.0`."""
     fields: list[Field]
-    connection_options: list[bytes]
-    """Members of Connection, lower case."""
+    connection_options: frozenset[bytes]
+    """Members of Connection, lower case. Every field is looked for in it, and there can be thousands."""
     content_length: int | None
     chunked: bool
     keep_alive: bool
@@ -64,7 +64,7 @@ class ResponseHead(NamedTuple):
     status: int
     reason: bytes
     fields: list[Field]
-    connection_options: list[bytes]
+    connection_options: frozenset[bytes]
     content_length: int | None
     """As the field says, even where no body follows (HEAD, 304)."""
     chunked: bool
@@ -160,7 +160,7 @@ def _understand_request(method: bytes, target: bytes, version: bytes, fields: li
         "" if host is None else host_name(host),
         version,
         fields,
-        options,
+        frozenset(options),
         content_length,
         chunked,
         b"keep-alive" in options if http_1_0 else b"close" not in options,
@@ -243,7 +243,7 @@ def _understand_response(
         status,
         reason,
         fields,
-        options,
+        frozenset(options),
         content_length,
         chunked,
         not no_body,

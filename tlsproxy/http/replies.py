@@ -25,7 +25,7 @@ def _head(status: int, fields: list[Field], length: int) -> ResponseHead:
         status=status,
         reason=HTTPStatus(status).phrase.encode("ascii"),
         fields=fields,
-        connection_options=[],
+        connection_options=frozenset(),
         content_length=length,
         chunked=False,
         has_body=length > 0,
