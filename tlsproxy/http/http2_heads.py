@@ -98,7 +98,7 @@ def _understand(pseudo: dict[bytes, bytes], fields: list[Field], *, ended: bool)
         host_name=host_name(host),
         version=b"2.0",
         fields=fields,
-        connection_options=[],
+        connection_options=frozenset(),
         content_length=content_length,
         chunked=content_length is None and not ended,
         keep_alive=True,

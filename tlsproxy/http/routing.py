@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tlsproxy.config import HeaderRules, HstsConfig, RedirectConfig, RouteConfig
+from tlsproxy.errors import HttpError
 from tlsproxy.http.forwarding import RequestRules, ResponseRules
 from tlsproxy.http.heads import RequestHead
+from tlsproxy.http.syntax import MessageError
+from tlsproxy.http.target import other_readings
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +47,21 @@ class Router:
         self._wildcard = {host[2:]: paths for host, paths in ordered.items() if host.startswith("*.")}
         self._exact = {host: paths for host, paths in ordered.items() if not host.startswith("*.")}
 
-    def find(self, host: str, path: bytes) -> Route | None:
-        """Return the route for `host` (lower case, no port) and a normalised path, or None."""
-        for prefix, route in self._paths(host):
-            if path.startswith(prefix):
-                return route
-        return None
+    def find(self, request: RequestHead) -> Route | None:
+        """Return the route that `request` takes, or None.
+
+        Raises HttpError 400 where a server might read another route's path in the target: the request would get past
+        what is in front of that one.
+        """
+        paths = self._paths(request.host_name)
+        found = _longest(paths, request.path)
+        try:
+            others = other_readings(request.target)
+        except MessageError as error:
+            raise HttpError(400, error.rule) from None
+        if any(_longest(paths, other) is not found for other in others):
+            raise HttpError(400, "ambiguous_path")
+        return found
 
     def _paths(self, host: str) -> _Paths:
         paths = self._exact.get(host)
@@ -62,6 +74,13 @@ class Router:
                     return self._wildcard[parent]
                 _, _, parent = parent.partition(".")
         return self._any
+
+
+def _longest(paths: _Paths, path: bytes) -> Route | None:
+    for prefix, route in paths:
+        if path.startswith(prefix):
+            return route
+    return None
 
 
 def _route(config: RouteConfig) -> Route:

@@ -1,7 +1,7 @@
-"""Request targets and Host (RFC 9112 section 3, RFC 9110 section 7.2), read one way only.
+"""Request targets and Host (RFC 9112 section 3, RFC 9110 section 7.2).
 
 The path that routes are matched against is percent-decoded, without dot segments and with single slashes, as the server
-behind will most likely read it; the target itself is forwarded untouched.
+behind will most likely read it. The target itself is forwarded untouched, so what servers may read instead is told too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from tlsproxy.http.syntax import MessageError
 _HOST = re.compile(rb"(?:([0-9A-Za-z._-]{1,255})|(\[[0-9A-Fa-f:.]{2,45}\]))(?::[0-9]{1,5})?")
 _ABSOLUTE = re.compile(rb"https?://([^/?]*)([/?].*)?", re.IGNORECASE)
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})|%00")
+_SLASHES = re.compile(rb"//+")
+_PARAMETERS = re.compile(rb";[^/]*")
 
 
 def host_name(host: bytes) -> str:
@@ -56,6 +58,29 @@ def routing_path(target: bytes) -> bytes:
         if _BAD_ESCAPE.search(path) is not None:
             raise MessageError("bad_target")
         path = unquote_to_bytes(path)
+    return _without_dot_segments(path)
+
+
+def other_readings(target: bytes) -> tuple[bytes, ...]:
+    """Return the paths that servers may read in a target for which there is a routing_path; mostly there are no others.
+
+    Some servers keep dot segments, some remove them before they decode, some take a backslash for a slash, and servlet
+    containers remove parameters (`;v=1`) first. Raises MessageError if one of these climbs above the root.
+    """
+    path = target.partition(b"?")[0]
+    decoded = unquote_to_bytes(path) if b"%" in path else path
+    if b"/." not in decoded and b"\\" not in decoded and b";" not in path:
+        return ()
+    return (
+        _SLASHES.sub(b"/", decoded),
+        unquote_to_bytes(_without_dot_segments(path)),
+        _without_dot_segments(decoded.replace(b"\\", b"/")),
+        _without_dot_segments(unquote_to_bytes(_PARAMETERS.sub(b"", path))),
+    )
+
+
+def _without_dot_segments(path: bytes) -> bytes:
+    """Return a path without `.` and `..`, and with single slashes. Raises MessageError if it climbs above the root."""
     if b"/." not in path and b"//" not in path:
         return path
     segments: list[bytes] = []

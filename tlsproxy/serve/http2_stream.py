@@ -88,10 +88,10 @@ class Http2Stream(Responder):
         self._request_ended = ended
         try:
             request = request_of(fields, ended=ended)
+            route = self.runtime.router.find(request)
         except HttpError as error:
             self._refuse(error)
             return
-        route = self.runtime.router.find(request.host_name, request.path)
         trace = self.begin_trace(request, route, self._session.take_handshake())
         if route is None or route.config.upstream is None:
             self.answer_without_upstream(request, route, trace)

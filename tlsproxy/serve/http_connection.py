@@ -313,7 +313,7 @@ class HttpConnection(ClientConnection, Responder):
     def _begin(self, request: RequestHead) -> None:
         """Start an exchange, or answer what needs no upstream."""
         runtime = self.runtime
-        route = runtime.router.find(request.host_name, request.path)
+        route = runtime.router.find(request)
         handshake, self._untraced_handshake = self._untraced_handshake, None
         trace = self.begin_trace(request, route, handshake)
         if route is None or route.config.upstream is None:

@@ -37,6 +37,16 @@ async def test_a_redirect_to_nowhere_is_a_bad_request() -> None:
         assert response.status == 400
 
 
+async def test_a_path_that_a_server_may_read_as_another_routes_never_reaches_one() -> None:
+    async with backend() as server, data_plane(server.port, routes=[{}, {**REDIRECT, "path": "/admin"}]) as running:
+        for target in ("/x/..;/admin", "/admin/../x"):
+            response = await (await running.connect()).request(f"GET {target} HTTP/1.1\nHost: a")
+            assert (response.status, response.field("connection")) == (400, "close")
+        assert server.received == b""
+        assert running.counted("tlsproxy_http_rejected_total") == {("ambiguous_path",): 2}
+        assert (await (await running.connect()).request("GET /x HTTP/1.1\nHost: a")).status == 200
+
+
 async def test_a_redirect_has_the_routes_header_fields() -> None:
     rules = HeaderRules((("X-Set", "1"),), (), ())
     route = {**REDIRECT, "response_headers": rules, "hsts": HstsConfig(60, False, False)}

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 
 from tests.routes import route
+from tests.unit.http.test_forwarding import request_of
 from tlsproxy.config import HeaderRules, HstsConfig, RedirectConfig
-from tlsproxy.http.codec import RequestReader
-from tlsproxy.http.routing import Router, redirect_location
+from tlsproxy.errors import HttpError
+from tlsproxy.http.routing import Route, Router, redirect_location
 from tlsproxy.http.target import host_name, routing_path
 
 ROUTER = Router(
@@ -23,6 +24,10 @@ ROUTER = Router(
 )
 
 
+def find(router: Router, host: str, target: bytes) -> Route | None:
+    return router.find(request_of(b"GET %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (target, host.encode())))
+
+
 @pytest.mark.parametrize(
     ("host", "path", "upstream"),
     [
@@ -34,25 +39,75 @@ ROUTER = Router(
         ("a.dev.example.com", b"/only/x", "dev"),
         ("a.dev.example.com", b"/", None),
         ("example.com", b"/", "default"),
-        ("", b"/", "default"),
         ("other", b"/x", "default"),
     ],
 )
 def test_host_first_then_the_longest_path(host: str, path: bytes, upstream: str | None) -> None:
-    found = ROUTER.find(host, path)
+    found = find(ROUTER, host, path)
     assert (found.config.upstream if found else None) == upstream
 
 
 def test_no_route_for_an_unknown_host() -> None:
-    assert Router([route(host="a")]).find("b", b"/") is None
+    assert find(Router([route(host="a")]), "b", b"/") is None
+
+
+def test_a_client_without_host_gets_what_is_for_any() -> None:
+    found = ROUTER.find(request_of(b"GET / HTTP/1.0\r\n\r\n"))
+    assert found is not None
+    assert found.config.upstream == "default"
+
+
+GUARDED = Router([route(path="/", upstream="app"), route(path="/admin", upstream="guarded")])
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"/admin/../x",
+        b"/admin/%2e%2e/x",
+        b"/x/..;/admin",
+        b"/x/..;a=b/admin",
+        b"/;a/admin",
+        b"/%61dmin/%2e%2E/x",
+        b"/x/../admin%2f..%2fx",
+        b"/x%5c..%5cadmin",
+        b"/x/..%5Cadmin",
+        b"/%5cadmin",
+    ],
+)
+def test_what_a_server_may_read_as_another_routes_path_is_refused(target: bytes) -> None:
+    with pytest.raises(HttpError) as caught:
+        find(GUARDED, "a", target)
+    assert (caught.value.status, caught.value.reason) == (400, "ambiguous_path")
+
+
+def test_so_is_what_a_server_may_read_as_climbing_above_the_root() -> None:
+    with pytest.raises(HttpError) as caught:
+        find(GUARDED, "a", b"/..;/x")
+    assert (caught.value.status, caught.value.reason) == (400, "bad_target")
+
+
+@pytest.mark.parametrize(
+    ("target", "upstream"),
+    [
+        (b"/x/./y/../z", "app"),
+        (b"/admin/x/../y", "guarded"),
+        (b"//admin", "guarded"),
+        (b"/admin;jsessionid=1/x;v=2", "guarded"),
+        (b"/x;v=1/y", "app"),
+        (b"/x%5cy", "app"),
+        (b"/x?/../admin;\\", "app"),
+        (b"/.well-known/x", "app"),
+    ],
+)
+def test_what_no_server_can_is_served(target: bytes, upstream: str) -> None:
+    found = find(GUARDED, "a", target)
+    assert found is not None
+    assert found.config.upstream == upstream
 
 
 def location(redirect: RedirectConfig, head: bytes) -> str | None:
-    reader = RequestReader(65536)
-    reader.receive(head)
-    request = reader.read_head()
-    assert request is not None
-    return redirect_location(redirect, request)
+    return redirect_location(redirect, request_of(head))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +133,7 @@ def test_hsts_is_part_of_every_answer() -> None:
         (HstsConfig(31536000, False, False), b"max-age=31536000"),
         (HstsConfig(0, True, True), b"max-age=0; includeSubDomains; preload"),
     ]:
-        found = Router([route(hsts=hsts, response_headers=HeaderRules((("X", "1"),), (), ()))]).find("a", b"/")
+        found = find(Router([route(hsts=hsts, response_headers=HeaderRules((("X", "1"),), (), ()))]), "a", b"/")
         assert found is not None
         line = b"Strict-Transport-Security: " + value + b"\r\n"
         assert (found.reply_rules.appended, found.response_rules.appended) == (line, b"X: 1\r\n" + line)

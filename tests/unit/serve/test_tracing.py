@@ -42,7 +42,7 @@ COMPLETE = HandshakeComplete(
     certificate=cast("Certificate", SimpleNamespace(name="www")),
 )
 SERVER = Address("10.0.0.1", 80)
-ROUTE = Router([route(path="/api/")]).find("a", b"/api/")
+ROUTE = Router([route(path="/api/")]).find(request_of(b"GET /api/ HTTP/1.1\r\nHost: a\r\n\r\n"))
 
 
 class Collector:
