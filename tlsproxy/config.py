@@ -54,6 +54,20 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+def plain_ip(ip: str) -> str:
+    """Return an IP address in the one form that it is compared and told in, without what IPv6 adds to an IPv4 address.
+
+    An IPv4 address mapped into IPv6 (RFC 4291 section 2.5.5.2) is that IPv4 address. Raises ValueError for what is no
+    address, and for one with a zone (`%eth0`), which means something on its own machine only.
+    """
+    address = ipaddress.ip_address(ip)
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id is not None:
+            raise ValueError("expected an address without a zone")
+        address = address.ipv4_mapped or address
+    return str(address)
+
+
 class LogFormat(str, enum.Enum):
     """How log lines are written."""
 

@@ -11,7 +11,7 @@ import re
 import struct
 from dataclasses import dataclass
 
-from tlsproxy.config import Address, ProxyProtocol
+from tlsproxy.config import Address, ProxyProtocol, plain_ip
 
 MAX_V1_BYTES = 107
 """The longest line of version 1, with its CRLF (section 2.1)."""
@@ -113,7 +113,7 @@ def _parse_v1(data: bytes) -> ProxyHeader | None:
     ports = int(match[4]), int(match[5])
     if max(ports) > 65535:
         raise ProxyProtocolError("expected ports up to 65535")
-    return ProxyHeader(Endpoints(Address(client, ports[0]), Address(server, ports[1])), end)
+    return ProxyHeader(_endpoints(Address(client, ports[0]), Address(server, ports[1])), end)
 
 
 def _parse_v2(data: bytes) -> ProxyHeader | None:
@@ -138,13 +138,18 @@ def _parse_v2(data: bytes) -> ProxyHeader | None:
         raise ProxyProtocolError("expected addresses of the family's length")
     _check_tlvs(data[_V2_HEAD.size + layout.size : size])
     client, server, client_port, server_port = layout.unpack_from(data, _V2_HEAD.size)
-    return ProxyHeader(
-        Endpoints(
-            Address(str(ipaddress.ip_address(client)), client_port),
-            Address(str(ipaddress.ip_address(server)), server_port),
-        ),
-        size,
+    endpoints = _endpoints(
+        Address(str(ipaddress.ip_address(client)), client_port), Address(str(ipaddress.ip_address(server)), server_port)
     )
+    return ProxyHeader(endpoints, size)
+
+
+def _endpoints(client: Address, server: Address) -> Endpoints:
+    """Return the ends of a connection, as IPv4 if both are: a proxy that listens on both families may say IPv6."""
+    hosts = plain_ip(client.host), plain_ip(server.host)
+    if all(":" not in host for host in hosts):
+        client, server = Address(hosts[0], client.port), Address(hosts[1], server.port)
+    return Endpoints(client, server)
 
 
 def _check_tlvs(data: bytes) -> None:

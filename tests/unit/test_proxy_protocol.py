@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from ipaddress import IPv6Address
 
 import pytest
 
@@ -25,6 +26,8 @@ IPV6 = Endpoints(Address("2001:db8::1", 1), Address("2001:db8::2", 65535))
 BODY4 = bytes([192, 0, 2, 1, 198, 51, 100, 7]) + struct.pack("!HH", 56324, 443)
 BODY6 = bytes.fromhex("20010db800000000000000000000000120010db8000000000000000000000002") + struct.pack("!HH", 1, 65535)
 
+MAPPED = bytes(10) + b"\xff\xff" + BODY4[:4] + bytes(10) + b"\xff\xff" + BODY4[4:]
+
 
 def v2(command: int, family: int, body: bytes) -> bytes:
     return SIGNATURE + bytes([command, family]) + struct.pack("!H", len(body)) + body
@@ -33,6 +36,12 @@ def v2(command: int, family: int, body: bytes) -> bytes:
 HEADERS = [
     (b"PROXY TCP4 192.0.2.1 198.51.100.7 56324 443\r\n", IPV4),
     (b"PROXY TCP6 2001:db8::1 2001:0DB8::2 1 65535\r\n", IPV6),
+    (b"PROXY TCP6 ::ffff:192.0.2.1 ::FFFF:c633:6407 56324 443\r\n", IPV4),
+    (v2(0x21, 0x21, MAPPED), IPV4),
+    (
+        v2(0x21, 0x21, MAPPED[:16] + BODY6[16:]),
+        Endpoints(Address(str(IPv6Address("::ffff:192.0.2.1")), 1), IPV6.server),
+    ),
     (b"PROXY UNKNOWN\r\n", None),
     (b"PROXY UNKNOWN ffff:f...f:ffff ffff:f...f:ffff 65535 65535\r\n", None),
     (v2(0x21, 0x11, BODY4), IPV4),

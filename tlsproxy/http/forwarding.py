@@ -7,11 +7,10 @@ name is not PLAIN_NAME are deleted too, as nginx does. Message framing is writte
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from tlsproxy.config import HeaderRules
+from tlsproxy.config import HeaderRules, plain_ip
 from tlsproxy.http.heads import RequestHead, ResponseHead
 from tlsproxy.http.syntax import PLAIN_NAME
 
@@ -189,7 +188,7 @@ def client_address(request: RequestHead, peer: str, is_trusted: Callable[[str], 
     for member in reversed(b",".join(lists).split(b",")):
         text = member.strip().decode("latin-1")
         try:
-            found = str(ipaddress.ip_address(text))
+            found = plain_ip(text)
         except ValueError:
             break
         if not is_trusted(found):

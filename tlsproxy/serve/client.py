@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from time import monotonic
 from typing import TYPE_CHECKING, cast
 
-from tlsproxy.config import Address, ProxyProtocol
+from tlsproxy.config import Address, ProxyProtocol, plain_ip
 from tlsproxy.proxy_protocol import Endpoints
 from tlsproxy.serve.handshake import Handshake, HandshakeSummary
 from tlsproxy.serve.plain import PlainConnection
@@ -153,7 +153,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         if peer is None or not self.runtime.admit(self):
             self._transport.abort()
             return
-        self.peer = Address(peer[0].removeprefix("::ffff:"), peer[1])
+        self.peer = Address(plain_ip(peer[0]), peer[1])
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self._tls = PlainConnection()
         if self.runtime.expects_proxy_header(self.peer.host):
@@ -246,7 +246,7 @@ class ClientConnection(asyncio.Protocol, ABC):
             own = self._transport.get_extra_info("sockname")
             # None: the client has left meanwhile.
             if own is not None:
-                endpoints = Endpoints(self.peer, Address(own[0].removeprefix("::ffff:"), own[1]))
+                endpoints = Endpoints(self.peer, Address(plain_ip(own[0]), own[1]))
         return header_for_server(version, endpoints, self._negotiated)
 
     def pause(self, reason: int) -> None:
@@ -334,7 +334,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         self._proxy_header = None
         self._proxied = endpoints
         client = self.peer if endpoints is None else endpoints.client
-        self._start(client.host.removeprefix("::ffff:"))
+        self._start(plain_ip(client.host))
         if data and self.phase is not Phase.CLOSED:
             self.data_received(data)
 

@@ -33,6 +33,8 @@ async def connect_with(running: DataPlane, header: bytes) -> TlsClient:
         (v1_header(CLIENT), b"192.0.2.1"),
         (v2_header(CLIENT, None), b"192.0.2.1"),
         (v2_header(Endpoints(Address("2001:db8::1", 1), Address("::1", 2)), None), b"2001:db8::1"),
+        (b"PROXY TCP6 ::ffff:192.0.2.1 ::ffff:198.51.100.7 1 2\r\n", b"192.0.2.1"),
+        (v2_header(Endpoints(Address("::ffff:192.0.2.1", 1), Address("2001:db8::1", 2)), None), b"192.0.2.1"),
         (v1_header(None), b"127.0.0.1"),
         (v2_header(None, None), b"127.0.0.1"),
     ],

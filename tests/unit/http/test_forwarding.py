@@ -152,6 +152,10 @@ def test_forwarded_is_written_where_asked_for() -> None:
         (b"10.0.0.8, 10.0.0.9", "10.0.0.8"),
         (b"198.51.100.1, unknown, 10.0.0.9", "10.0.0.9"),
         (b"198.51.100.1, \xff", "10.0.0.1"),
+        (b"198.51.100.1, ::ffff:10.0.0.9", "198.51.100.1"),
+        (b"::ffff:c633:6401", "198.51.100.1"),
+        (b"fe80::1%\xff", "10.0.0.1"),
+        (b"fe80::1%eth0, 10.0.0.9", "10.0.0.9"),
     ],
 )
 def test_the_client_is_the_last_address_that_is_no_trusted_proxy(field: bytes, address: str) -> None:
