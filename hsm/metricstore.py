@@ -207,7 +207,9 @@ class MetricStore:
         """Take over what an earlier writer registered; False if that is not what this class writes."""
         directory = self._map[self._directory_offset : self._directory_offset + used]
         for record in _records(directory):
-            if record.slot != self._next_slot or record.slot + record.count > self._slots:
+            if record.slot != self._next_slot or not 1 <= record.count <= _SCRAP_SLOTS:
+                return False
+            if record.slot + record.count > self._slots:
                 return False
             self._remember(record.name, record.labels, record.slot, record.count)
             if record.kind == Kind.GAUGE.value:

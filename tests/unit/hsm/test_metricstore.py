@@ -171,6 +171,15 @@ def test_random_damage_neither_raises_nor_stops_a_successor():
         store.close()
 
 
+@pytest.mark.parametrize("count", [-(10**9), 0, 65])
+def test_a_hostile_count_of_slots_costs_what_was_counted_and_no_more(count):
+    fd = create_store()
+    _forge(fd, ["a", [], 64, count, "counter"], ["b", [], 64 + count, 1, "gauge"])
+    successor = MetricStore(fd)
+    assert successor.counter(REQUESTS, ("a", "ok")) == 64
+    successor.close()
+
+
 def _forge(fd: int, *records: object) -> None:
     bodies = [json.dumps(record).encode() for record in records]
     directory = b"".join(struct.pack("<I", len(body)) + body for body in bodies)
