@@ -13,7 +13,6 @@ from __future__ import annotations
 import enum
 import fcntl
 import json
-import math
 import mmap
 import os
 import struct
@@ -34,6 +33,8 @@ _RECORD_LENGTH = struct.Struct("<I")
 _DIRECTORY_BYTES = 1 << 20
 _MAX_RECORD_BYTES = 4096
 _MAX_SLOTS = 1 << 20
+_MAX_VALUE = float(1 << 53)
+"""Beyond it a count no longer grows by one. What is below stays finite, however many are summed."""
 _SCRAP_SLOTS = 64
 """The first slots take what no longer fits; they are never read."""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -257,7 +258,7 @@ def read_samples(fd: int, families: Mapping[str, Family]) -> list[Sample]:
         if (record.name, record.labels) in seen or label_sets.get(record.name, 0) > family.max_label_sets:
             continue
         numbers = tuple(values[record.slot : record.slot + record.count])
-        if all(map(math.isfinite, numbers)) and (family.kind is Kind.GAUGE or min(numbers) >= 0):
+        if _are_plausible(numbers) and (family.kind is Kind.GAUGE or min(numbers) >= 0):
             seen[record.name, record.labels] = Sample(family, record.labels, numbers)
             label_sets[record.name] = label_sets.get(record.name, 0) + 1
     return list(seen.values())
@@ -324,6 +325,10 @@ def _records(directory: bytes) -> Iterator[_Record]:
         if not all(isinstance(label, str) and _is_label(label) for label in labels):
             return
         yield _Record(name, tuple(labels), slot, count, kind, offset)
+
+
+def _are_plausible(numbers: tuple[float, ...]) -> bool:
+    return all(-_MAX_VALUE <= number <= _MAX_VALUE for number in numbers)
 
 
 def _is_label(label: str) -> bool:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 import os
+import re
 import signal
 import ssl
+import struct
+import sys
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
@@ -169,6 +173,24 @@ def spoil_metrics(pid: int) -> None:
     store, *_ = [fd for fd in Path(f"/proc/{pid}/fd").iterdir() if "hsm-metrics" in os.readlink(fd)]
     with store.open("r+b") as file:
         file.write(b"\xff" * 64)
+
+
+async def test_a_proxy_worker_that_counts_without_measure_takes_no_answer_from_the_admin_port(tmp_path: Path) -> None:
+    async with site(tmp_path) as proxy:
+        await proxy.handshake()
+        overstate(proxy.proxy_workers[0], "tlsproxy_handshakes_total")
+        for page in ("/healthz", "/readyz", "/metrics"):
+            assert (await proxy.admin(page))[0] == 200
+
+
+def overstate(pid: int, family: str) -> None:
+    """Set all of a process's counters of a family to the largest number that there is."""
+    store, *_ = [fd for fd in Path(f"/proc/{pid}/fd").iterdir() if "hsm-metrics" in os.readlink(fd)]
+    with store.open("r+b", buffering=0) as file, mmap.mmap(file.fileno(), 0) as memory:
+        slots = [int(slot) for slot in re.findall(rb'\["%b", \[[^]]*\], ([0-9]+),' % family.encode(), memory)]
+        assert len(slots) > 1
+        for slot in slots:
+            struct.pack_into("d", memory, 64 + 8 * slot, sys.float_info.max)
 
 
 async def is_healthy(proxy: Proxy, status: int) -> bool:

@@ -135,10 +135,12 @@ def test_a_hostile_record_is_left_out(record):
         os.close(fd)
 
 
-def test_values_that_are_no_numbers_are_left_out(store):
+def test_values_that_are_no_numbers_or_add_up_to_none_are_left_out(store):
     store.values[store.counter(REQUESTS, ("a", "ok"))] = -1.0
     store.values[store.gauge(PENDING, ("a",))] = float("nan")
     store.values[store.gauge(PENDING, ("b",))] = float("inf")
+    store.values[store.gauge(PENDING, ("c",))] = -1e308
+    store.values[store.counter(REQUESTS, ("b", "ok"))] = 1e308
     assert read(store) == {}
 
 
