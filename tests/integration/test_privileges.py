@@ -61,8 +61,9 @@ async def test_workers_run_as_users_of_their_own_without_any_privilege(directory
                 assert status(pid, "NoNewPrivs") == ["1"]
         run = directory / "run"
         (sockets,) = run.glob("hsm-*")
-        found = {path: path.stat() for path in (run, sockets, sockets / "local-0.sock", run / "control.sock")}
-        assert [oct(item.st_mode & 0o777) for item in found.values()] == ["0o710", "0o710", "0o660", "0o600"]
+        commands = run / "control.sock", run / "control.key"
+        found = {path: path.stat() for path in (run, sockets, sockets / "local-0.sock", *commands)}
+        assert [oct(item.st_mode & 0o777) for item in found.values()] == ["0o710", "0o710", "0o660", "0o600", "0o600"]
         assert {item.st_uid for item in found.values()} == {0}
         assert [item.st_gid for item in found.values()][:3] == [PROXY_UID] * 3
 

@@ -19,8 +19,9 @@ import pytest
 from hsm.messages import KeyType, SignatureScheme, SignRequest, Status
 from tests.backends import backend
 from tests.implant import ATTEMPTS, SPY, Implants
-from tests.proxy import Proxy, log_events, make_site, running_proxy, site_config
+from tests.proxy import Proxy, log_events, make_site, run_to_end, running_proxy, site_config
 from tests.tokens import CERTIFICATE_VERIFY, WorkerClient, deadline_in, make_soft_token, soft_worker
+from tlsproxy.serve.command_socket import key_file
 
 KEYS = {"www": KeyType.ECDSA_P256}
 REFUSED_SINCE = {
@@ -97,6 +98,27 @@ async def test_from_inside_a_proxy_worker_no_other_worker_can_be_looked_into(
             is_kept_out = set(results.values()) <= {errno.EPERM, errno.EACCES}
             assert is_kept_out or not has_landlock, results
         assert "done" in spied_from_outside(sibling).values()
+
+
+COMMAND = """
+import json, socket
+
+def command(path):
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        connection.sendall(b'{"command": "hand_over"}\\n')
+        return json.loads(connection.recv(4096))["ok"]
+"""
+
+
+async def test_from_inside_a_proxy_worker_the_supervisor_takes_no_command(tmp_path: Path, implants: Implants) -> None:
+    async with proxy_with_implants(tmp_path, implants, "127.0.0.1") as proxy:
+        path = tmp_path / "run" / "control.sock"
+        (worker, _) = proxy.proxy_workers
+        assert await asyncio.to_thread(implants.evaluate, worker, COMMAND, f"command({str(path)!r})") is False
+        results, refused = await attempts(implants, worker, key_file(path))
+        assert results["read"] == refused["read"]
+        assert (await run_to_end("status", "--runtime-dir", str(tmp_path / "run")))[0] == 0
 
 
 async def test_a_proxy_workers_loop_has_a_descriptor_to_spare(tmp_path: Path, implants: Implants) -> None:

@@ -7,9 +7,11 @@ import contextlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from hsm.messages import KeyType
 from tests.proxy import free_port, make_site, run_to_end, running_proxy, site_config
+from tlsproxy.serve.command_socket import command_line, key_file
 
 KEYS = {"www": KeyType.ECDSA_P256}
 
@@ -57,17 +59,28 @@ async def test_a_server_that_does_not_answer_is_down(tmp_path: Path) -> None:
     assert ["app", server, "DOWN", "1"] in [line.split() for line in stdout.splitlines()]
 
 
+def wrong_key(command: str) -> bytes:
+    return json.dumps({"command": command, "key": "\ud800" * 64}).encode() + b"\n"
+
+
+async def errors_of(socket: Path, request: bytes) -> Any:
+    reader, writer = await asyncio.open_unix_connection(str(socket))
+    writer.write(request)
+    answer = json.loads(await reader.readline())
+    writer.close()
+    return answer["errors"]
+
+
 async def test_commands_that_make_no_sense_are_refused_and_cost_nothing(tmp_path: Path) -> None:
     make_site(tmp_path, KEYS)
     async with running_proxy(tmp_path, site_config(tmp_path, KEYS, "127.0.0.1:9")):
         socket = tmp_path / "run" / "control.sock"
         assert os.stat(socket).st_mode & 0o777 == 0o600
-        for request in (b"stop\n", b"[]\n", b'{"command": "sing"}\n', b"[" * 3000 + b"\n"):
-            reader, writer = await asyncio.open_unix_connection(str(socket))
-            writer.write(request)
-            answer = json.loads(await reader.readline())
-            assert answer["errors"] == ["expected one of the commands status, reload, drain"]
-            writer.close()
+        no_key = f"expected a command with the key in {key_file(socket)}"
+        for request in (b"stop\n", b"[]\n", b"[" * 3000 + b"\n", b'{"command": "drain"}\n', wrong_key("drain")):
+            assert await errors_of(socket, request) == [no_key]
+        sing = command_line(socket, "sing")
+        assert await errors_of(socket, sing) == ["expected one of the commands status, reload, drain"]
         reader, writer = await asyncio.open_unix_connection(str(socket))
         writer.write(b" " * 100_000)
         with contextlib.suppress(ConnectionError):

@@ -1,16 +1,20 @@
 """The Unix socket in the runtime directory by which operators reload, drain and ask for the status.
 
-One JSON object each way, a line each: `{"command": "reload"}`, then `{"ok": true}` or `{"ok": false, "errors": [...],
-"exit_code": 2}`. Only the user the supervisor runs as, and root, are listened to.
+One JSON object each way, a line each: `{"command": "reload", "key": "..."}`, then `{"ok": true}` or `{"ok": false,
+"errors": [...], "exit_code": 2}`. Only the user the supervisor runs as, and root, are listened to, and only if they can
+read the key in the file beside the socket: a proxy worker that has been taken over may be of the same user, and
+Landlock keeps it from files, but not from sockets.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import json
 import logging
 import os
+import secrets
 import socket
 import struct
 from pathlib import Path
@@ -24,6 +28,7 @@ _MAX_REQUEST_BYTES = 4096
 _MAX_REPLY_BYTES = 16 << 20
 _REQUEST_TIMEOUT_S = 10.0
 _MAX_CONNECTIONS = 16
+_KEY_BYTES = 32
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 _logger = logging.getLogger("tlsproxy.supervisor")
@@ -54,11 +59,13 @@ class CommandServer:
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
         self._inode = 0
+        self._key = ""
 
     async def start(self) -> None:
-        """Make the socket, mode 0600, and begin. Raises StartupError."""
+        """Make the socket and its key, mode 0600, and begin. Raises StartupError."""
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            self._key = _make_key(key_file(self._path))
             self._path.unlink(missing_ok=True)
             listening.bind(str(self._path))
             self._path.chmod(0o600)
@@ -103,9 +110,13 @@ class CommandServer:
     async def _obey(self, line: bytes, writer: asyncio.StreamWriter) -> dict[str, Any] | None:
         """Return the answer; None if it has been sent."""
         try:
-            command = json.loads(line)["command"]
+            request = json.loads(line)
+            command, key = request["command"], str(request["key"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            command = None
+            command = key = ""
+        if not hmac.compare_digest(key.encode("utf-8", "replace"), self._key.encode()):
+            _logger.warning("refused a command", extra={"key": "wrong"})
+            return _failure([f"expected a command with the key in {key_file(self._path)}"], 2)
         try:
             if command == "status":
                 return {"ok": True, "status": self._operated.status()}
@@ -140,12 +151,39 @@ def _is_trusted(writer: asyncio.StreamWriter) -> bool:
     return False
 
 
+def key_file(path: Path) -> Path:
+    """Return where the key is for commands at the socket `path`."""
+    return path.with_suffix(".key")
+
+
+def _make_key(path: Path) -> str:
+    """Return the key in a file that is made, mode 0600, or was by an instance that is being taken over from."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return path.read_text()
+    with os.fdopen(descriptor, "w") as file:
+        key = secrets.token_hex(_KEY_BYTES)
+        file.write(key)
+    return key
+
+
+def command_line(path: Path, command: str) -> bytes:
+    """Return what to send to the socket `path` to give a command. Raises OSError where its key can't be read."""
+    request = {"command": command}
+    # An instance of a version before there were keys has none.
+    with contextlib.suppress(FileNotFoundError):
+        request["key"] = key_file(path).read_text()
+    return json.dumps(request).encode() + b"\n"
+
+
 def send_command(path: Path, command: str) -> dict[str, Any]:
     """Give a command to the proxy at `path`; return its answer, however long it takes. Raises StartupError."""
     try:
+        line = command_line(path, command)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.connect(str(path))
-            connection.sendall(json.dumps({"command": command}).encode() + b"\n")
+            connection.sendall(line)
             with connection.makefile("rb") as stream:
                 line = stream.readline(_MAX_REPLY_BYTES)
     except (FileNotFoundError, ConnectionRefusedError):

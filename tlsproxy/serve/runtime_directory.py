@@ -10,6 +10,7 @@ from pathlib import Path
 from hsm.errors import TokenConfigError
 from hsm.launcher import make_private
 from tlsproxy.errors import StartupError
+from tlsproxy.serve.command_socket import key_file
 from tlsproxy.serve.users import identity
 
 COMMAND_SOCKET = "control.sock"
@@ -33,6 +34,7 @@ class RuntimeDirectory:
                 return
             self.lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            key_file(self.command_socket).unlink(missing_ok=True)
             for leftover in path.glob("hsm-*"):
                 shutil.rmtree(leftover)
         except BlockingIOError:

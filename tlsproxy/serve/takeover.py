@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tlsproxy.errors import StartupError
+from tlsproxy.serve.command_socket import command_line
 from tlsproxy.serve.sockets import ListeningSockets, adopt
 from tlsproxy.tls.context import TicketKey
 
@@ -44,9 +45,10 @@ class Predecessor:
     def _ask(self, command_socket: Path) -> tuple[bytes, list[int]]:
         """Return the answer and the descriptors that came with it, one at least."""
         try:
+            self._drain = command_line(command_socket, "drain")
             self._connection.settimeout(_TIMEOUT_S)
             self._connection.connect(str(command_socket))
-            self._connection.sendall(b'{"command": "hand_over"}\n')
+            self._connection.sendall(command_line(command_socket, "hand_over"))
             answer, descriptors, _, _ = socket.recv_fds(self._connection, _MAX_ANSWER_BYTES, MAX_DESCRIPTORS)
         except OSError as error:
             raise StartupError(f"{command_socket}: expected a running tlsproxy; {error.strerror or error}") from None
@@ -59,7 +61,7 @@ class Predecessor:
     def retire(self) -> None:
         """Have it let its connections finish and end."""
         with self._connection, contextlib.suppress(OSError):
-            self._connection.sendall(b'{"command": "drain"}\n')
+            self._connection.sendall(self._drain)
 
 
 def hand_over(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import threading
@@ -26,12 +27,13 @@ def successor_of(directory: Path, answer: Callable[[socket.socket], None]) -> It
     def serve() -> None:
         connection, _ = listener.accept()
         with connection:
-            assert connection.recv(1024) == b'{"command": "hand_over"}\n'
+            assert json.loads(connection.recv(1024)) == {"command": "hand_over", "key": "sesame"}
             answer(connection)
 
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(directory / "sock"))
         listener.listen()
+        (directory / "sock.key").write_text("sesame")
         thread = threading.Thread(target=serve)
         thread.start()
         yield directory / "sock"
