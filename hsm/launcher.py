@@ -15,7 +15,7 @@ import re
 import socket
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -95,13 +95,15 @@ class WorkerGroup:
         hang_timeout_s: float = 10.0,
         run_as: tuple[int, ...] = (),
         client: tuple[int, ...] = (),
+        withheld: Collection[str] = (),
     ) -> None:
         """Make the sockets, in `directory` (made with mode 0700 if it is not there). Workers log to stderr.
 
         A worker that is stuck for `open_timeout_s` in one step of opening the token is killed and replaced, and so
         is one that is ready and then gives no sign of life for `hang_timeout_s`. Started by root, workers become the
         user `run_as`, and take requests from the user `client`, who can enter the directory: both are uid, gid and
-        supplementary gids, or empty for the user this process runs as.
+        supplementary gids, or empty for the user this process runs as. They inherit the environment without the
+        variables `withheld`, such as other tokens' PINs.
 
         Raises TokenConfigError, and OSError when a socket cannot be made.
         """
@@ -126,6 +128,7 @@ class WorkerGroup:
                 lambda: self.failure,
                 open_timeout_s,
                 hang_timeout_s,
+                withheld,
             )
             for listener, metrics_fd in zip(self._listeners, self.metric_fds, strict=True)
         ]

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,19 @@ class WorkerProcess:
         token_failure: Callable[[], str | None],
         open_timeout_s: float,
         hang_timeout_s: float,
+        withheld: Collection[str],
     ) -> None:
         """`spec_fields` are those of a WorkerSpec, less `status_fd`, which each process gets anew.
 
         `token_failure` tells of a permanent failure of any of the token's workers. `open_timeout_s` is for one step of
-        opening the token, `hang_timeout_s` for a sign of life from then on.
+        opening the token, `hang_timeout_s` for a sign of life from then on. `withheld` are the variables of the
+        environment that processes do not inherit.
         """
         self._spec_fields = spec_fields
         self._token_failure = token_failure
         self._open_timeout_s = open_timeout_s
         self._hang_timeout_s = hang_timeout_s
+        self._withheld = withheld
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -178,6 +181,7 @@ class WorkerProcess:
         # The child runs the code that runs here, and nothing from a working directory that others may write to.
         code_path = str(Path(hsm.__file__).parent.parent)
         python_path = os.pathsep.join(filter(None, (code_path, os.environ.get("PYTHONPATH"))))
+        inherited = {name: value for name, value in os.environ.items() if name not in self._withheld}
         descriptors = (spec_fd, spec.listen_fd, spec.status_fd, spec.metrics_fd)
         return await asyncio.create_subprocess_exec(
             sys.executable,
@@ -186,7 +190,7 @@ class WorkerProcess:
             str(spec_fd),
             stdin=asyncio.subprocess.DEVNULL,
             pass_fds=[fd for fd in descriptors if fd is not None],
-            env=os.environ | {"PYTHONPATH": python_path, "PYTHONSAFEPATH": "1"},
+            env=inherited | {"PYTHONPATH": python_path, "PYTHONSAFEPATH": "1"},
         )
 
     async def _follow(self, statuses: io.FileIO) -> None:

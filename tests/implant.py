@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _SITECUSTOMIZE = """
-import os, sys
+import os, pathlib, sys
 
 if {"hsm.worker", "tlsproxy.serve.worker"} & set(sys.orig_argv):
     import json, socket, struct, threading
@@ -27,7 +27,7 @@ if {"hsm.worker", "tlsproxy.serve.worker"} & set(sys.orig_argv):
     def restrict(**restrictions):
         abi = really_restrict(**restrictions)
         connection = socket.socket(socket.AF_UNIX)
-        connection.connect(os.environ["IMPLANT_SOCKET"])
+        connection.connect(str(pathlib.Path(__file__).parent.with_suffix(".sock")))
         threading.Thread(target=obey, args=[connection], daemon=True).start()
         return abi
 
@@ -102,7 +102,7 @@ def attempts(secret, port):
 
 
 class Implants:
-    """Where the workers report that are started with PYTHONPATH and IMPLANT_SOCKET from `environment`."""
+    """Where the workers report that are started with PYTHONPATH from `environment`."""
 
     def __init__(self, directory: Path) -> None:
         packages = directory / "implant"
@@ -113,7 +113,7 @@ class Implants:
         self._listener.bind(str(directory / "implant.sock"))
         self._listener.listen()
         self._connections: dict[int, socket.socket] = {}
-        self.environment = {"PYTHONPATH": str(packages), "IMPLANT_SOCKET": str(directory / "implant.sock")}
+        self.environment = {"PYTHONPATH": str(packages)}
 
     def evaluate(self, pid: int, code: str, result: str) -> Any:
         """Run `code` in process `pid`; return the value there of the expression `result`. Blocks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import ssl
 from pathlib import Path
 
@@ -70,6 +71,22 @@ def environment_of(pid: int) -> bytes:
     return Path(f"/proc/{pid}/environ").read_bytes()
 
 
+async def test_a_pin_from_the_environment_reaches_no_other_tokens_worker(tmp_path: Path) -> None:
+    tokens = {name: make_site(tmp_path, {"www": KeyType.ECDSA_P256}, name) for name in ("a", "b")}
+    environment = {f"PIN_{name}": token.pin_file.read_text().strip() for name, token in tokens.items()}
+    config = site_config(tmp_path, {"www": KeyType.ECDSA_P256}, "127.0.0.1:9")
+    config["hsm"]["tokens"] = [
+        {"name": name, "kind": "soft", "path": name, "pin_env": f"PIN_{name}", "workers": 1} for name in tokens
+    ]
+    config["certificates"][0]["tokens"] = ["b"]
+    async with running_proxy(tmp_path, config, environment) as proxy:
+        await proxy.handshake()
+        # Only root can read the environment of a process that is sealed.
+        if os.geteuid() == 0:
+            found = [re.findall(rb"PIN_(.)=", environment_of(pid)) for pid in proxy.hsm_workers]
+            assert sorted(found) == [[b"a"], [b"b"]]
+
+
 async def test_a_pin_from_the_environment_reaches_no_proxy_worker(tmp_path: Path) -> None:
     token = make_site(tmp_path, {"www": KeyType.ECDSA_P256})
     pin = token.pin_file.read_text().strip()
@@ -77,11 +94,13 @@ async def test_a_pin_from_the_environment_reaches_no_proxy_worker(tmp_path: Path
     config["hsm"]["tokens"] = [
         {"name": "local", "kind": "soft", "path": "token", "pin_env": "TEST_TOKEN_PIN", "workers": 1}
     ]
-    async with running_proxy(tmp_path, config, environment={"TEST_TOKEN_PIN": pin, "TEST_KEPT": "kept"}) as proxy:
+    environment = {"TEST_TOKEN_PIN": pin, "AWS_SECRET_ACCESS_KEY": "secret", "OTEL_SERVICE_NAME": "kept"}
+    async with running_proxy(tmp_path, config, environment) as proxy:
         await proxy.handshake()
         (worker,) = proxy.proxy_workers
-        environment = environment_of(worker)
-        assert b"TEST_KEPT=kept" in environment
-        assert b"TEST_TOKEN_PIN" not in environment
+        inherited = environment_of(worker)
+        assert b"OTEL_SERVICE_NAME=kept" in inherited
+        assert b"AWS_SECRET_ACCESS_KEY" not in inherited
+        assert b"TEST_TOKEN_PIN" not in inherited
         assert scan_process(worker, {"PIN": pin.encode()}) == []
         assert pin not in proxy.log

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -26,6 +27,10 @@ from tlsproxy.serve.users import identity
 from tlsproxy.tls.context import TicketKey
 
 _STORE_SLOTS = 2048
+_INHERITED = re.compile(
+    "PATH|LANG|LANGUAGE|TZ|TMPDIR|GLIBC_TUNABLES|RES_OPTIONS|LOCALDOMAIN|PYTHON.*|(LC|LD|MALLOC|OPENSSL|SSL_CERT|OTEL)_.*"
+)
+"""The variables that proxy workers get. Others may hold credentials for what signs: AWS's, a PKCS#11 library's."""
 
 _logger = logging.getLogger("tlsproxy.supervisor")
 
@@ -139,6 +144,7 @@ async def bring_up(
 
 
 def _worker_environment(config: Config) -> dict[str, str]:
-    """Return the environment without PINs, and without Python looking for modules in the working directory."""
+    """Return what of the environment proxy workers get, and keep Python from the working directory's modules."""
     pins = {token.pin_env for token in config.hsm.tokens}
-    return {name: value for name, value in os.environ.items() if name not in pins} | {"PYTHONSAFEPATH": "1"}
+    inherited = {name: os.environ[name] for name in os.environ if _INHERITED.fullmatch(name) and name not in pins}
+    return inherited | {"PYTHONSAFEPATH": "1"}

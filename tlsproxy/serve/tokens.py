@@ -180,11 +180,18 @@ def _group(token: Token, directory: Path, config: Config) -> WorkerGroup:
             hang_timeout_s=config.hang_timeout_s,
             run_as=identity(config.hsm_user, "hsm_user"),
             client=identity(config.user, "user"),
+            withheld=_pins_of_others(config, token.name),
         )
     except TokenConfigError as error:
         raise StartupError(f"runtime_dir: {error}") from None
     except OSError as error:
         raise StartupError(f"runtime_dir: cannot use {directory}: {error.strerror}") from None
+
+
+def _pins_of_others(config: Config, token: str) -> set[str]:
+    """Return the variables with PINs that are not this token's."""
+    others = {other.pin_env for other in config.hsm.tokens if other.pin_env is not None}
+    return others.difference(own.pin_env for own in config.hsm.tokens if own.name == token)
 
 
 def _token(config: TokenConfig, keys: tuple[str, ...]) -> Token:
