@@ -43,7 +43,7 @@ _log = logging.getLogger("hsm.worker")
 
 def main(arguments: Sequence[str]) -> int:
     """Run the worker; return its exit code."""
-    # Ctrl-C in a terminal reaches the whole process group; the supervisor decides when a worker ends.
+    # When a worker ends is for the supervisor to decide, not for who interrupts all that belongs together.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         spec_fd = int(arguments[0]) if arguments else SPEC_FD

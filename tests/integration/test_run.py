@@ -220,6 +220,12 @@ async def test_runtime_files_are_closed_to_others(tmp_path: Path) -> None:
         assert os.stat(tmp_path / "run").st_mode & 0o777 == 0o700
 
 
+async def test_no_worker_shares_the_terminal_of_who_started_the_proxy(tmp_path: Path) -> None:
+    make_site(tmp_path, KEYS)
+    async with running_proxy(tmp_path, site_config(tmp_path, KEYS, "127.0.0.1:9")) as proxy:
+        assert all(os.getsid(pid) == pid for pid in (*proxy.proxy_workers, *proxy.hsm_workers))
+
+
 async def test_each_request_and_each_handshake_is_a_line(tmp_path: Path) -> None:
     make_site(tmp_path, KEYS)
     async with backend() as upstream:

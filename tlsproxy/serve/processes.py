@@ -137,6 +137,8 @@ class ProxyWorker:
                 pass_fds=[theirs.fileno(), self.metrics_fd, *listener_fds],
                 stdin=asyncio.subprocess.DEVNULL,
                 env=self._environment,
+                # Whoever has a controlling terminal can type into it (TIOCSTI): commands to the shell of root.
+                start_new_session=True,
             )
         self._process = process
         self.pid = process.pid

@@ -307,7 +307,7 @@ def _configure_log(spec: ProxyWorkerSpec) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the worker; return its exit code."""
-    # Ctrl-C in a terminal reaches the whole process group; the supervisor decides when a worker ends.
+    # When a worker ends is for the supervisor to decide, not for who interrupts all that belongs together.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = socket.socket(fileno=int(arguments[0]))
     try:
