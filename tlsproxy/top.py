@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import h11
 
+from tlsproxy.config import Address
 from tlsproxy.errors import StartupError
 from tlsproxy.top_screen import Document, Line, Screen
 
@@ -99,7 +100,7 @@ async def _documents(host: str, port: int) -> AsyncIterator[Document]:
     connection = h11.Connection(h11.CLIENT)
     streaming = False
     try:
-        request = h11.Request(method="GET", target="/live", headers=[("Host", f"{host}:{port}")])
+        request = h11.Request(method="GET", target="/live", headers=[("Host", str(Address(host, port)))])
         writer.write((connection.send(request) or b"") + (connection.send(h11.EndOfMessage()) or b""))
         buffer = bytearray()
         while True:

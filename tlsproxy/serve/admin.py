@@ -1,14 +1,17 @@
 """The admin port: /metrics for Prometheus, /healthz and /readyz for orchestrators, / for people, /live for their pages.
 
 Plain HTTP/1.1, GET and HEAD, read only. It runs in the supervisor, which must outlive anything a client does here: all
-sizes, times and connections are limited.
+sizes, times and connections are limited. On loopback it answers to no name but localhost: a web page could have its own
+name point there (DNS rebinding), and read everything with the browser of somebody who works on this machine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
+import re
 import socket
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -25,6 +28,7 @@ REQUEST_TIMEOUT_S = 10.0
 """For a request to arrive, from the connection's start or the response before; and for a response to be taken."""
 
 _LIVE = b"/live"
+_LOCAL_HOST = re.compile(rb"(?:localhost|[0-9.]+|\[[0-9a-f:.]+\])(?::[0-9]+)?", re.IGNORECASE)
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -38,6 +42,7 @@ class AdminServer:
 
     def __init__(self, listening: socket.socket, source: Source) -> None:
         self._listening = listening
+        self._is_local = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
         self._source = source
         self._feed = LiveFeed(source)
         self._server: asyncio.Server | None = None
@@ -89,6 +94,9 @@ class AdminServer:
                 return
             if request is None:
                 return
+            if not self._is_asked(request):
+                await _send(connection, writer, text(HTTPStatus.MISDIRECTED_REQUEST), with_body=True, close=True)
+                return
             if request.method == b"GET" and request.target == _LIVE:
                 await self._stream(connection, writer)
                 return
@@ -109,6 +117,11 @@ class AdminServer:
                     await asyncio.wait_for(writer.drain(), REQUEST_TIMEOUT_S)
         except TooManyWatchersError:
             await _send(connection, writer, text(HTTPStatus.SERVICE_UNAVAILABLE), with_body=True, close=True)
+
+    def _is_asked(self, request: h11.Request) -> bool:
+        """Tell whether it is this server that a request is for. Browsers always say which."""
+        hosts = [value for name, value in request.headers if name == b"host"]
+        return not self._is_local or all(_LOCAL_HOST.fullmatch(host) for host in hosts)
 
     def _answer(self, request: h11.Request) -> Response:
         if request.method not in (b"GET", b"HEAD"):

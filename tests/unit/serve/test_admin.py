@@ -65,7 +65,7 @@ class Fixture:
         return int(status_line.split()[1]), dict(line.lower().split(": ", 1) for line in lines), body
 
     async def get(self, target: str, headers: str = "") -> tuple[int, dict[str, str], bytes]:
-        return await self.ask(f"GET {target} HTTP/1.1\r\nHost: x\r\n{headers}\r\n".encode())
+        return await self.ask(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n".encode())
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ class Watcher:
     async def open(cls, port: int) -> Watcher:
         watcher = cls()
         watcher.reader, watcher.writer = await asyncio.open_connection("127.0.0.1", port)
-        watcher.writer.write(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        watcher.writer.write(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
         watcher.head = (await watcher.reader.readuntil(b"\r\n\r\n")).decode()
         return watcher
 
@@ -202,18 +202,18 @@ async def test_nothing_is_read_while_nobody_watches(fixture: Fixture, monkeypatc
 
 async def test_head_has_no_body_and_the_length_of_get(fixture: Fixture) -> None:
     get = await fixture.get("/healthz")
-    head = await fixture.ask(b"HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    head = await fixture.ask(b"HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert head == (get[0], get[1], b"")
 
 
 @pytest.mark.parametrize(
     ("request_bytes", "status"),
     [
-        (b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n", 404),
-        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab", 405),
+        (b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+        (b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\nab", 405),
         (b"nonsense\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 40_000 + b"\r\n\r\n", 431),
-        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 20000\r\n\r\n" + b"y" * 20_000, 413),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 40_000 + b"\r\n\r\n", 431),
+        (b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20000\r\n\r\n" + b"y" * 20_000, 413),
     ],
 )
 async def test_what_it_does_not_serve(fixture: Fixture, request_bytes: bytes, status: int) -> None:
@@ -222,7 +222,8 @@ async def test_what_it_does_not_serve(fixture: Fixture, request_bytes: bytes, st
 
 async def test_requests_on_one_connection_are_answered_in_order(fixture: Fixture) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", fixture.port)
-    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    for request in (b"GET /healthz HTTP/1.1\r\n", b"GET /x HTTP/1.1\r\nConnection: close\r\n"):
+        writer.write(request + b"Host: localhost\r\n\r\n")
     answers = await reader.read()
     writer.close()
     assert answers.startswith(b"HTTP/1.1 200")
@@ -246,3 +247,31 @@ async def test_connections_beyond_the_limit_are_closed(fixture: Fixture, monkeyp
         await reader.readexactly(1)
     for writer in (first, second):
         writer.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "status"),
+    [
+        ("127.0.0.1", "127.0.0.1:9900", 200),
+        ("127.0.0.1", "LocalHost:1", 200),
+        ("127.0.0.1", "[::1]", 200),
+        ("127.0.0.1", "rebound.example:9900", 421),
+        ("127.0.0.1", "localhost.rebound.example", 421),
+        ("127.0.0.1", "127.0.0.1.rebound.example", 421),
+        ("0.0.0.0", "proxy.internal:9900", 200),
+    ],
+)
+@pytest.mark.parametrize("target", ["/metrics", "/live"])
+async def test_on_loopback_it_answers_to_no_name_that_a_web_page_may_have(
+    address: str, host: str, status: int, target: str
+) -> None:
+    made = Fixture()
+    with socket.create_server((address, 0)) as listening:
+        made.port = listening.getsockname()[1]
+        server = AdminServer(listening, made)
+        await server.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", made.port)
+        writer.write(f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert int((await reader.readline()).split()[1]) == status
+        writer.close()
+        await server.close()
