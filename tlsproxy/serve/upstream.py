@@ -58,6 +58,8 @@ class Upstream:
         """When the first ejection that counts is over; 0 if there is none."""
         self._open: set[UpstreamConnection] = set()
         self._connecting: dict[UpstreamOwner, asyncio.Task[None] | asyncio.Handle] = {}
+        self._opening: dict[UpstreamOwner, UpstreamConnection] = {}
+        """What those of them wait for that are not about to fail: each has its place at a server already."""
         self._waiting: dict[UpstreamOwner, _Waiting] = {}
         self._checks: dict[Server, asyncio.Task[None]] = {}
         self._resolving: list[asyncio.Task[None]] = []
@@ -99,7 +101,9 @@ class Upstream:
 
     def close(self) -> None:
         """Close what is idle or being opened; connections in use are their owners' affair."""
-        for task in (*self._connecting.values(), *self._checks.values(), *self._resolving):
+        for owner in list(self._connecting):
+            self.cancel(owner)
+        for task in (*self._checks.values(), *self._resolving):
             task.cancel()
         for connection in [connection for connection in self._open if connection.owner is None]:
             connection.abort()
@@ -124,8 +128,8 @@ class Upstream:
             server.in_use += 1
             self._hand_over(connection, owner)
         else:
-            server.in_use += 1
-            self._connecting[owner] = asyncio.get_running_loop().create_task(self._connect(owner, server, tried))
+            work = self._connect(owner, self._begin_opening(owner, server), tried)
+            self._connecting[owner] = asyncio.get_running_loop().create_task(work)
             self.metrics.values[self.metrics.connecting] += 1.0
 
     def has_others(self, tried: Collection[Server]) -> bool:
@@ -134,17 +138,26 @@ class Upstream:
 
     def cancel(self, owner: UpstreamOwner) -> None:
         """Stop opening a connection for `owner`, who will hear no more."""
-        task = self._connecting.pop(owner, None)
-        if task is not None:
-            self.metrics.values[self.metrics.connecting] -= 1.0
-            task.cancel()
+        if owner in self._connecting:
+            self._connecting[owner].cancel()
+            self._end_connecting(owner)
+            if owner in self._opening:
+                # Not left to the task: one that is cancelled before its first step does nothing at all.
+                self._end_opening(owner)
         elif owner in self._waiting:
             self._end_waiting(owner)
 
     # For connections.
 
     def connected(self, connection: UpstreamConnection, owner: UpstreamOwner) -> None:
-        """Hand a connection just opened over, before anything the server says can arrive."""
+        """Hand a connection just opened over, before anything the server says can arrive.
+
+        If `owner` has let go of it a moment ago, the connection is closed.
+        """
+        if self._opening.get(owner) is not connection:
+            connection.abort()
+            return
+        del self._opening[owner]
         self._end_connecting(owner)
         self._open.add(connection)
         self._hand_over(connection, owner)
@@ -269,38 +282,42 @@ class Upstream:
         self.metrics.values[self.metrics.active] += 1.0
         owner.upstream_ready(connection)
 
-    async def _connect(self, owner: UpstreamOwner, server: Server, tried: Collection[Server]) -> None:
-        """Open a connection to `server`, or to another: nothing has been sent, so trying the next is safe."""
+    def _begin_opening(self, owner: UpstreamOwner, server: Server) -> UpstreamConnection:
+        """Take a place at `server` for a connection that is to be opened."""
+        server.in_use += 1
+        connection = self._opening[owner] = UpstreamConnection(self, server, owner)
+        return connection
+
+    def _end_opening(self, owner: UpstreamOwner) -> None:
+        """Give the place back: there will be no connection."""
+        self._opening.pop(owner).server.in_use -= 1
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._serve_waiting)
+
+    async def _connect(self, owner: UpstreamOwner, connection: UpstreamConnection, tried: Collection[Server]) -> None:
+        """Open a connection, or one to another server: nothing has been sent, so trying the next is safe."""
         tried = set(tried)
-        while True:
-            error = await self._connect_to(server, owner)
-            if error is None:
-                return
-            self.server_failed(server)
-            tried.add(server)
+        while (error := await self._connect_to(connection, owner)) is not None:
+            self.server_failed(connection.server)
+            tried.add(connection.server)
             try:
                 other = self._choose(owner, tried)
             except UpstreamError:
                 other = None
             if other is None:
-                break
-            server = other
-            server.in_use += 1
-        self._fail(owner, error)
+                self._fail(owner, error)
+                return
+            connection = self._begin_opening(owner, other)
 
-    async def _connect_to(self, server: Server, owner: UpstreamOwner) -> UpstreamError | None:
+    async def _connect_to(self, connection: UpstreamConnection, owner: UpstreamOwner) -> UpstreamError | None:
         """Open a connection; it goes to its owner by itself. Return what went wrong."""
-        connection = UpstreamConnection(self, server, owner)
         try:
             preamble = b"" if self._proxy_protocol is None else owner.proxy_header(self._proxy_protocol)
-            await self._dialer.open(lambda: connection, server, preamble)
+            await self._dialer.open(lambda: connection, connection.server, preamble)
         except UpstreamError as error:
-            return None if connection.was_opened else error
-        finally:
-            if not connection.was_opened:
-                server.in_use -= 1
-                if self._waiting:
-                    asyncio.get_running_loop().call_soon(self._serve_waiting)
+            if self._opening.get(owner) is connection:
+                self._end_opening(owner)
+                return error
         return None
 
     def _fail_soon(self, owner: UpstreamOwner, error: UpstreamError) -> None:

@@ -57,7 +57,6 @@ class UpstreamConnection(asyncio.Protocol):
         "owner",
         "reused",
         "server",
-        "was_opened",
         "write_paused",
     )
 
@@ -71,14 +70,12 @@ class UpstreamConnection(asyncio.Protocol):
         self.reused = False
         """It has carried a request before, so the server may be about to close it."""
         self.write_paused = False
-        self.was_opened = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Go to the owner that asked for it."""
         # uvloop's transports are no subclasses of asyncio's.
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        self.was_opened = True
         owner, self._first_owner = self._first_owner, None
         assert owner is not None
         self._upstream.connected(self, owner)
