@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Collection, Sequence
 from time import monotonic
 from typing import NamedTuple
@@ -92,7 +93,9 @@ class Upstream:
     def sweep(self, now_s: float) -> None:
         """Let every deadline that lies before `now_s` take effect."""
         for connection in [connection for connection in self._open if connection.deadline < now_s]:
-            connection.expire()
+            # An idle one may have become the next request's, of a client whose request before has just expired.
+            if connection.deadline < now_s:
+                connection.expire()
         for owner in [owner for owner, waiting in self._waiting.items() if waiting.deadline_s < now_s]:
             self._end_waiting(owner)
             owner.upstream_failed(UpstreamError(503, "queue_timeout"))
@@ -279,6 +282,8 @@ class Upstream:
 
     def _hand_over(self, connection: UpstreamConnection, owner: UpstreamOwner) -> None:
         connection.owner = owner
+        # Until now it was for how long it is kept.
+        connection.deadline = math.inf
         self.metrics.values[self.metrics.active] += 1.0
         owner.upstream_ready(connection)
 
