@@ -18,6 +18,7 @@ from typing import Any
 import hsm
 from hsm.errors import WorkerFailed
 from hsm.messages import KeyInfo, keys_from_json
+from hsm.silence import read_line
 from hsm.workerspec import WorkerSpec
 
 _MIN_DELAY_S = 0.1
@@ -141,7 +142,11 @@ class WorkerProcess:
                 self._changed.set()
                 return
             last_ready_s = self.ready_at_s
-            await self._run_once()
+            try:
+                await self._run_once()
+            except OSError as error:
+                self._last_error = f"it cannot be started: {error.strerror}"
+                _log.error("token %s: worker: %s", self._spec_fields["token"], self._last_error)
             self._is_ready = False
             self._changed.set()
             if self.ready_at_s > last_ready_s and loop.time() - self.ready_at_s > _HEALTHY_S:
@@ -151,22 +156,19 @@ class WorkerProcess:
             delay_s = min(2 * delay_s, _MAX_DELAY_S)
 
     async def _run_once(self) -> None:
-        """Start one process and see it through to its end."""
+        """Start one process and see it through to its end. Raises OSError if there is none to be had."""
         self._has_reported_error = False
         self._step = "starting"
-        parent_end, child_end = socket.socketpair()
-        status_reader, status_writer = os.pipe()
-        with parent_end, io.FileIO(status_reader) as statuses:
-            try:
+        with contextlib.ExitStack() as ours:
+            with contextlib.ExitStack() as theirs:
+                parent_end, child_end = socket.socketpair()
+                ours.enter_context(parent_end)
+                theirs.enter_context(child_end)
+                status_reader, status_writer = os.pipe()
+                statuses = ours.enter_context(io.FileIO(status_reader))
+                theirs.callback(os.close, status_writer)
                 spec = WorkerSpec(**self._spec_fields, status_fd=status_writer)
                 self._process = await self._spawn(spec, child_end.fileno())
-            except OSError as error:
-                self._last_error = f"it cannot be started: {error.strerror}"
-                _log.error("token %s: worker: %s", spec.token, self._last_error)
-                return
-            finally:
-                child_end.close()
-                os.close(status_writer)
             if self._stopping.is_set():
                 self._process.terminate()
             with contextlib.suppress(ConnectionError):
@@ -202,9 +204,7 @@ class WorkerProcess:
             lambda: asyncio.StreamReaderProtocol(reader), statuses
         )
         try:
-            while line := await asyncio.wait_for(
-                reader.readline(), self._hang_timeout_s if self._is_ready else self._open_timeout_s
-            ):
+            while line := await read_line(reader, self._hang_timeout_s if self._is_ready else self._open_timeout_s):
                 self._take_status(json.loads(line))
         except asyncio.TimeoutError:
             if self._is_ready:

@@ -63,6 +63,7 @@ class Generation:
         self.tokens = tokens
         self.workers: list[ProxyWorker] = []
         self._host = host
+        self._run_as = identity(config.user, "user")
         self._store = MetricStore(slots=_STORE_SLOTS)
         self._describe_certificates()
 
@@ -107,7 +108,7 @@ class Generation:
             listener_fds=tuple(tuple(sock.fileno() for sock in sockets) for sockets in worker.listeners),
             tokens=self.tokens.endpoints,
             metrics_fd=worker.metrics_fd,
-            run_as=identity(self.config.user, "user"),
+            run_as=self._run_as,
             ticket_keys=self._host.ticket_keys(),
         )
 

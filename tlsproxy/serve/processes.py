@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 
 from hsm.metricstore import MetricStore, create_store
+from hsm.silence import read_line
 from tlsproxy.errors import StartupError
 from tlsproxy.serve.anatomy import SlowestHandshakes, SlowHandshake
 from tlsproxy.serve.control import (
@@ -28,6 +29,7 @@ from tlsproxy.serve.control import (
 )
 
 READY_TIMEOUT_S = 30.0
+"""How long a process may take until it accepts connections."""
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
 _HEALTHY_AFTER_S = 10.0
@@ -40,7 +42,7 @@ _logger = logging.getLogger("tlsproxy.supervisor")
 class ProxyWorker:
     """One of N workers. Its metrics live here, so its successor goes on with them and with the listening sockets.
 
-    A process that gives no sign of life for `hang_timeout_s` is killed.
+    A process that gives no sign of life for `hang_timeout_s` is killed, and one that is not ready in READY_TIMEOUT_S.
     """
 
     def __init__(
@@ -71,7 +73,6 @@ class ProxyWorker:
         self._hang_timeout_s = hang_timeout_s
         self._first_status: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
         self._stopping = False
-        self._process: asyncio.subprocess.Process | None = None
         self._commands: asyncio.StreamWriter | None = None
         self._task = asyncio.create_task(self._keep_running())
 
@@ -93,9 +94,10 @@ class ProxyWorker:
         """Let the process finish what is under way, for `timeout_s` at most; start no other."""
         self._stopping = True
         self.ready = False
-        self.send(Drain(timeout_s))
-        if self._process is None:
+        if self._commands is None:
+            # Between two processes, or before one has been told what to serve: no client is lost.
             self._task.cancel()
+        self.send(Drain(timeout_s))
         await asyncio.wait([self._task], timeout=timeout_s + _EXIT_GRACE_S)
 
     async def close(self, absorb: Callable[[int], None]) -> None:
@@ -113,9 +115,14 @@ class ProxyWorker:
         backoff_s = _FIRST_BACKOFF_S
         while True:
             started = monotonic()
-            await self._run_once()
+            failure = "ended before it was ready"
+            try:
+                await self._run_once()
+            except OSError as error:
+                failure = f"cannot be started: {error.strerror}"
+                _logger.error("proxy worker cannot be started", extra={"worker": self.index, "error": error.strerror})
             if not self._first_status.done():
-                self._first_status.set_result(Status(State.FAILED, "ended before it was ready"))
+                self._first_status.set_result(Status(State.FAILED, failure))
             if self._stopping:
                 return
             if monotonic() - started > _HEALTHY_AFTER_S:
@@ -125,29 +132,30 @@ class ProxyWorker:
             self._on_restart()
 
     async def _run_once(self) -> None:
-        """Run one process to its end. On cancellation it is killed."""
+        """Run one process to its end. On cancellation it is killed. Raises OSError if there is none to be had."""
         ours, theirs = socket.socketpair()
-        listener_fds = [sock.fileno() for sockets in self.listeners for sock in sockets]
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "tlsproxy.serve.worker",
-                str(theirs.fileno()),
-                pass_fds=[theirs.fileno(), self.metrics_fd, *listener_fds],
-                stdin=asyncio.subprocess.DEVNULL,
-                env=self._environment,
-                # Whoever has a controlling terminal can type into it (TIOCSTI): commands to the shell of root.
-                start_new_session=True,
-            )
-        self._process = process
+            reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_STATUS_BYTES)
+            starting = asyncio.create_task(self._start_process(theirs.fileno()))
+            try:
+                process = await asyncio.shield(starting)
+            except BaseException as error:
+                writer.close()
+                if isinstance(error, asyncio.CancelledError):
+                    # A process that is started half-way could not be waited for.
+                    process = await starting
+                    process.kill()
+                    await process.wait()
+                raise
+        # From here to the specification nothing is awaited: a command that comes meanwhile would be lost.
         self.pid = process.pid
-        reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_STATUS_BYTES)
         self._commands = writer
         listening = asyncio.create_task(self._listen(reader, process))
         try:
             self.send(self._make_spec(self))
             code = await process.wait()
+            # Its last words may not have been read yet.
+            await asyncio.wait((listening,), timeout=_EXIT_GRACE_S)
             if not self._stopping:
                 _logger.error("proxy worker ended", extra={"worker": self.index, "pid": process.pid, "code": code})
         finally:
@@ -156,22 +164,38 @@ class ProxyWorker:
                 process.kill()
                 await process.wait()
             self.ready = False
-            self.pid = self._process = self._commands = None
+            self.pid = self._commands = None
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
             self._zero_gauges()
 
+    async def _start_process(self, control_fd: int) -> asyncio.subprocess.Process:
+        listener_fds = [sock.fileno() for sockets in self.listeners for sock in sockets]
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "tlsproxy.serve.worker",
+            str(control_fd),
+            pass_fds=[control_fd, self.metrics_fd, *listener_fds],
+            stdin=asyncio.subprocess.DEVNULL,
+            env=self._environment,
+            # Whoever has a controlling terminal can type into it (TIOCSTI): commands to the shell of root.
+            start_new_session=True,
+        )
+
     async def _listen(self, reader: asyncio.StreamReader, process: asyncio.subprocess.Process) -> None:
         """Take the worker's word. One that doesn't keep to the protocol is not to be trusted with clients either."""
+        timeout_s: float | None = READY_TIMEOUT_S
         try:
-            while line := await self._read_line(reader):
+            while line := await read_line(reader, timeout_s):
                 self._count_line()
                 status = parse_line(line)
                 if isinstance(status, SlowHandshake):
                     self.slowest.rotate()
                     self.slowest.add(status)
                     continue
+                timeout_s = self._hang_timeout_s if status.state is State.READY else None
                 self.ready = status.state is State.READY and not self._stopping
                 if status.state is State.FAILED:
                     _logger.error("proxy worker failed", extra={"worker": self.index, "error": status.error})
@@ -180,17 +204,13 @@ class ProxyWorker:
         except ConnectionError:
             return
         except asyncio.TimeoutError:
-            _logger.error("proxy worker hangs", extra={"worker": self.index, "timeout_s": self._hang_timeout_s})
+            _logger.error("proxy worker hangs", extra={"worker": self.index, "timeout_s": timeout_s})
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
         except ValueError as error:
             _logger.error("proxy worker broke the protocol", extra={"worker": self.index, "error": str(error)})
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-
-    async def _read_line(self, reader: asyncio.StreamReader) -> bytes:
-        """Wait for the next line; a worker that serves sends one each second. Raises TimeoutError."""
-        return await asyncio.wait_for(reader.readline(), self._hang_timeout_s if self.ready else None)
 
     def _count_line(self) -> None:
         """Raises ValueError for too many in too short a time."""
