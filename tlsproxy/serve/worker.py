@@ -50,7 +50,7 @@ from tlsproxy.tls.context import TlsContext, TlsProfile
 if TYPE_CHECKING:
     from tlsproxy.serve.span_export import SpanExport
 
-_ORPHAN_DRAIN_S = 5.0
+ORPHAN_DRAIN_S = 5.0
 """How long connections may take to finish once the supervisor is gone: nobody else will end this process."""
 _DRAIN_POLL_S = 0.05
 _LAG_INTERVAL_S = 0.25
@@ -228,7 +228,7 @@ async def _serve(spec: ProxyWorkerSpec, control: socket.socket, received: bytear
     await worker.start()
     reader, writer = await asyncio.open_connection(sock=control)
     heartbeat = asyncio.create_task(_tell_supervisor(worker, writer))
-    deadline_s = await _wait_for_drain(worker, reader, received, spec.config.drain_timeout_s)
+    deadline_s = await wait_for_drain(worker, reader, received, spec.config.drain_timeout_s)
     heartbeat.cancel()
     writer.write(Status(State.DRAINING).to_line())
     await worker.drain(deadline_s)
@@ -244,7 +244,7 @@ async def _tell_supervisor(worker: Worker, writer: asyncio.StreamWriter) -> None
         await asyncio.sleep(HEARTBEAT_S)
 
 
-async def _wait_for_drain(
+async def wait_for_drain(
     worker: Worker, reader: asyncio.StreamReader, received: bytearray, own_deadline_s: float
 ) -> float:
     """Obey the supervisor until it is time to end; return how long connections may take to finish."""
@@ -263,9 +263,13 @@ async def _wait_for_drain(
                     worker.set_ticket_keys(command)
                 elif isinstance(command, Drain):
                     end_within(command.deadline_s)
-            data = await reader.read(_MAX_SPEC_READ)
+            try:
+                data = await reader.read(_MAX_SPEC_READ)
+            except ConnectionError:
+                # It was killed before it had read all that we had said.
+                data = b""
             if not data:
-                end_within(_ORPHAN_DRAIN_S)
+                end_within(ORPHAN_DRAIN_S)
                 return
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end_within, own_deadline_s)

@@ -14,10 +14,11 @@ import yaml
 
 from hsm.messages import KeyType
 from hsm.metricstore import MetricStore
+from tests.dataplane import until
 from tests.proxy import site_config
 from tlsproxy.config_yaml import parse_config
 from tlsproxy.serve.control import ProxyWorkerSpec
-from tlsproxy.serve.worker import Worker
+from tlsproxy.serve.worker import ORPHAN_DRAIN_S, Worker, wait_for_drain
 
 
 @pytest.fixture
@@ -62,3 +63,17 @@ async def test_a_client_that_comes_just_before_the_drain_is_served(
         # At once: the process ends now.
         client.settimeout(0)
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 308 ")
+
+
+async def test_a_worker_ends_with_a_supervisor_that_was_killed_before_it_had_read_everything(
+    tmp_path: Path, listening: socket.socket
+) -> None:
+    """Then the kernel resets the control connection, rather than ending it."""
+    worker = redirecting_worker(tmp_path, listening)
+    supervisor, control = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=control)
+    with supervisor:
+        writer.write(b"alive\n")
+        await until(lambda: len(supervisor.recv(64, socket.MSG_PEEK | socket.MSG_DONTWAIT)) == 6)
+    assert await asyncio.wait_for(wait_for_drain(worker, reader, bytearray(), 60), 10) == ORPHAN_DRAIN_S
+    writer.close()
