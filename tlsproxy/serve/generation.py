@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from hsm.metricstore import MetricStore
 from tlsproxy import metrics
 from tlsproxy.config import Config
+from tlsproxy.errors import StartupError
 from tlsproxy.serve.control import Command, ProxyWorkerSpec
 from tlsproxy.serve.materials import Material
 from tlsproxy.serve.processes import ProxyWorker
@@ -131,17 +132,22 @@ async def bring_up(
 
     Raises ConfigError and StartupError; then nothing has changed.
     """
-    async with contextlib.AsyncExitStack() as undo:
-        opened = open_sockets(config, sockets)
-        undo.callback(opened.close, keep=sockets)
-        tokens = TokenGroups(config, None if present is None else present.tokens)
-        generation = Generation(config, materials, opened, tokens, host)
-        undo.push_async_callback(generation.close, [] if present is None else [present])
-        tokens.start()
-        await tokens.wait_ready(materials, all_new=present is not None)
-        await generation.start_workers()
-        undo.pop_all()
-    return generation
+    try:
+        async with contextlib.AsyncExitStack() as undo:
+            opened = open_sockets(config, sockets)
+            undo.callback(opened.close, keep=sockets)
+            kept = [] if present is None else [present]
+            tokens = TokenGroups(config, None if present is None else present.tokens)
+            undo.push_async_callback(tokens.stop, [generation.tokens for generation in kept], host.absorb)
+            generation = Generation(config, materials, opened, tokens, host)
+            undo.push_async_callback(generation.close, kept)
+            tokens.start()
+            await tokens.wait_ready(materials, all_new=present is not None)
+            await generation.start_workers()
+            undo.pop_all()
+        return generation
+    except OSError as error:
+        raise StartupError(f"cannot start the workers: {error.strerror}") from None
 
 
 def _worker_environment(config: Config) -> dict[str, str]:

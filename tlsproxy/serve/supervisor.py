@@ -91,7 +91,9 @@ class Supervisor:
             loop.add_signal_handler(number, self._end)
         loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self._reload_on_signal()))
         async with contextlib.AsyncExitStack() as stack:
-            await self._start(stack)
+            if not await self._is_started(stack):
+                _logger.info("told to end before it served")
+                return
             if os.geteuid() == 0 and None in (self._config.user, self._config.hsm_user):
                 _logger.warning("workers run as root: set user and hsm_user")
             _logger.info("ready", extra={"workers": self._config.workers, "version": tlsproxy.__version__})
@@ -111,14 +113,29 @@ class Supervisor:
     def _current(self) -> Generation:
         return self._generations[0]
 
+    async def _is_started(self, stack: contextlib.AsyncExitStack) -> bool:
+        """Start, and tell whether we serve; not if we were told to end meanwhile: then a predecessor serves on."""
+        # A reload that is asked for now may be for the sake of files that have been read already: it comes after.
+        async with self._reloading:
+            starting = asyncio.create_task(self._start(stack))
+            stopping = asyncio.create_task(self._stop.wait())
+            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            starting.cancel()
+            await asyncio.wait((starting,))
+            if starting.cancelled():
+                return False
+            await starting
+            return True
+
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         stack.callback(self._figures.close)
         lock_fd = None if self._predecessor is None else self._predecessor.lock_fd
         self._runtime_directory = RuntimeDirectory(self._config.runtime_dir, self._config.user, lock_fd)
         stack.callback(self._runtime_directory.close)
+        stack.push_async_callback(self._close)
         generation = await bring_up(self._config, self._materials, None, self._inherited, self._host)
         self._generations.append(generation)
-        stack.push_async_callback(self._close)
         await self._serve_admin()
         commands = CommandServer(self._runtime_directory.command_socket, self)
         stack.push_async_callback(commands.close)
@@ -198,18 +215,19 @@ class Supervisor:
                     raise StartupError("reload: expected a proxy that serves; it is draining")
                 self._reload_task = asyncio.current_task()
                 self._service_manager.reloading()
-                config = await asyncio.to_thread(load)
-                self._expect_same_directory(config)
-                await self._replace(config, await asyncio.to_thread(load_materials, config))
+                try:
+                    config = await asyncio.to_thread(load)
+                    self._expect_same_directory(config)
+                    await self._replace(config, await asyncio.to_thread(load_materials, config))
+                finally:
+                    self._reload_task = None
+                    if not self._stop.is_set():
+                        self._service_manager.ready()
         except (ConfigError, StartupError, HsmError) as error:
             self._figures.count_reload("failure")
             for line in str(error).splitlines():
                 _logger.error("reload failed, the old state serves on", extra={"error": line})
             raise
-        finally:
-            self._reload_task = None
-            if not self._stop.is_set():
-                self._service_manager.ready()
         self._figures.count_reload("success")
         _logger.info("reloaded", extra={"workers": self._current.config.workers})
 
@@ -238,10 +256,10 @@ class Supervisor:
         old = self._current
         new = await bring_up(config, materials, old, old.sockets, self._host)
         self._generations.insert(0, new)
-        if config.admin != old.config.admin:
-            await self._serve_admin()
         old.sockets.close(keep=new.sockets)
         self._spawn(self._retire(old))
+        if config.admin != old.config.admin:
+            await self._serve_admin()
 
     async def _retire(self, old: Generation) -> None:
         await old.drain()
@@ -269,10 +287,12 @@ class Supervisor:
     async def _rotate_ticket_keys(self) -> None:
         while True:
             await asyncio.sleep(TICKET_KEY_LIFETIME_S)
-            self._ticket_keys = (TicketKey.generate(), *self._ticket_keys[:_OLD_TICKET_KEYS])
-            self._figures.ticket_key_made()
-            for generation in self._generations:
-                generation.send(NewTicketKeys(self._ticket_keys))
+            # Workers that a reload is starting have been told of the keys there were.
+            async with self._reloading:
+                self._ticket_keys = (TicketKey.generate(), *self._ticket_keys[:_OLD_TICKET_KEYS])
+                self._figures.ticket_key_made()
+                for generation in self._generations:
+                    generation.send(NewTicketKeys(self._ticket_keys))
 
     async def _feed_watchdog(self, interval_s: float) -> None:
         while True:
