@@ -83,8 +83,9 @@ CONNECTIONS_ACCEPTED = Family(
 CONNECTIONS_REFUSED = Family(
     "tlsproxy_connections_refused_total",
     Kind.COUNTER,
-    "Client connections closed at once because a limit was reached (connections, connections_per_client or "
-    "handshakes), or because their PROXY protocol header was not as it must be (proxy_protocol).",
+    "Client connections closed at once because a limit was reached (connections, connections_per_client, "
+    "handshakes, or descriptors: the process's own), or because their PROXY protocol header was not as it must be "
+    "(proxy_protocol).",
     ("listener", "limit"),
     max_label_sets=1024,
 )

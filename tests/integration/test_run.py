@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -206,6 +207,20 @@ def is_running(pid: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+async def test_proxy_workers_may_have_as_many_descriptors_as_the_system_allows(tmp_path: Path) -> None:
+    """And nobody else: some PKCS#11 libraries use select(2), which ends at 1024."""
+    make_site(tmp_path, KEYS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        async with running_proxy(tmp_path, site_config(tmp_path, KEYS, "127.0.0.1:9")) as proxy:
+            ((worker,), (hsm_worker,)) = proxy.proxy_workers, proxy.hsm_workers
+            assert resource.prlimit(worker, resource.RLIMIT_NOFILE) == (hard, hard)
+            assert resource.prlimit(hsm_worker, resource.RLIMIT_NOFILE) == (512, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_runtime_files_are_closed_to_others(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ async def test_what_has_not_happened_yet_is_counted_from_zero(tmp_path: Path) ->
         ),
         *(
             f'tlsproxy_connections_refused_total{{limit="{limit}",{listener}}}'
-            for limit in ("connections", "connections_per_client", "handshakes", "proxy_protocol")
+            for limit in ("connections", "connections_per_client", "descriptors", "handshakes", "proxy_protocol")
         ),
         *(
             f'tlsproxy_upstream_errors_total{{reason="{reason}",upstream="app"}}'

@@ -150,7 +150,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         self._transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
         # A client that has left again already has no address any more.
-        if peer is None or not self.runtime.admit(self):
+        if peer is None or not self.runtime.admit(self, transport.get_extra_info("socket").fileno()):
             self._transport.abort()
             return
         self.peer = Address(plain_ip(peer[0]), peer[1])

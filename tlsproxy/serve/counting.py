@@ -56,7 +56,8 @@ class ListenerMetrics:
 
     def _register_events(self, *, tls: bool) -> None:
         """Have counters at 0 of what has not happened yet."""
-        for limit in ("connections", "connections_per_client", "proxy_protocol", *(("handshakes",) if tls else ())):
+        limits = ("connections", "connections_per_client", "descriptors", "proxy_protocol")
+        for limit in (*limits, *(("handshakes",) if tls else ())):
             self._store.counter(metrics.CONNECTIONS_REFUSED, (self._listener, limit))
         if tls:
             for result in metrics.HANDSHAKE_FAILURES:

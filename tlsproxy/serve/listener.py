@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+import resource
 from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -23,6 +24,11 @@ from tlsproxy.tls.context import TlsContext
 if TYPE_CHECKING:
     from tlsproxy.serve.tracing import Tracing
 
+_SPARE_DESCRIPTORS = 0.25
+"""The part of a process's descriptors that client connections leave to others.
+
+With the last one gone libuv can accept no connection, nor refuse it: it tries without end.
+"""
 SWEEP_S = 1.0
 """How often deadlines are looked at, and so how late they may take effect."""
 
@@ -59,6 +65,7 @@ class ListenerRuntime:
         self._connection_class: type[ClientConnection] = (
             HttpConnection if config.mode is ListenerMode.HTTP else TunnelConnection
         )
+        self._max_descriptor = int(resource.getrlimit(resource.RLIMIT_NOFILE)[0] * (1 - _SPARE_DESCRIPTORS))
         self._open: set[ClientConnection] = set()
         self._per_client: dict[str | bytes, int] = {}
         self._handshakes = 0
@@ -101,13 +108,19 @@ class ListenerRuntime:
 
     # What connections call.
 
-    def admit(self, connection: ClientConnection) -> bool:
-        """Take a new connection on, or count that there are too many. Its client need not be known yet."""
+    def admit(self, connection: ClientConnection, descriptor: int) -> bool:
+        """Take a new connection on, or count that there are too many. Its client need not be known yet.
+
+        The kernel gives the lowest `descriptor` that is free: it tells how many are in use.
+        """
         metrics = self.metrics
         metrics.values[metrics.accepted] += 1.0
         limit = self.config.limits.connections
         if limit and len(self._open) >= limit:
             metrics.count_refused("connections")
+            return False
+        if descriptor > self._max_descriptor:
+            metrics.count_refused("descriptors")
             return False
         self._open.add(connection)
         metrics.values[metrics.connections] += 1.0

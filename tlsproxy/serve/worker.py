@@ -323,6 +323,8 @@ def main(arguments: Sequence[str]) -> int:
         become(spec.run_as)
         forbid_new_privileges()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
         abi = confine(resolves_names=_has_names(spec.config))
         _logger.info("confined" if abi else "not confined: this kernel has no Landlock", extra={"landlock": abi})
         uvloop.run(_serve(spec, control, received))

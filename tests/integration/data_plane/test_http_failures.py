@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import resource
 import socket
 from collections.abc import Iterator
 
@@ -410,6 +412,22 @@ async def test_limits_on_connections_are_counted() -> None:
         await until(lambda: proxy.runtime.connections == 1)
         assert (await (await proxy.connect()).request(GET)).status == 200
         assert (await first.request(GET)).status == 200
+
+
+async def test_clients_leave_some_descriptors_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_use = max(int(name) for name in os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (int((in_use + 12) / 0.75), 1 << 20))
+    async with backend() as app, data_plane(app.port) as proxy:
+        first = await proxy.connect()
+        with contextlib.suppress(ConnectionError):
+            for _ in range(in_use + 12):
+                await proxy.connect()
+        assert proxy.counted("tlsproxy_connections_refused_total") == {("test", "descriptors"): 1}
+        assert (await first.request(GET)).status == 200
+        for client in proxy.clients[1:]:
+            client.vanish()
+        await until(lambda: proxy.runtime.connections == 1)
+        assert (await (await proxy.connect()).request(GET)).status == 200
 
 
 @pytest.mark.parametrize("limit", ["connections_per_client", "handshakes"])
