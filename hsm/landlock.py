@@ -20,10 +20,11 @@ import hsm
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 """System call numbers, the same on all architectures."""
 _GET_VERSION = 1
-_PATH_BENEATH = 1
+_PATH_BENEATH, _NET_PORT = 1, 2
 _RULESET = struct.Struct("QQQ")
 """Handled rights to files and to the network, and scopes; older kernels know a beginning of it."""
 _PATH_RULE = struct.Struct("=Qi")
+_PORT_RULE = struct.Struct("QQ")
 _READ_FILE, _READ_DIRECTORY = 1 << 2, 1 << 3
 _ABSTRACT_SOCKETS_AND_SIGNALS = 1 << 0 | 1 << 1
 _FILE_RIGHTS_BY_ABI = {1: 13, 2: 14, 3: 15, 4: 15}
@@ -41,12 +42,13 @@ class Tcp(enum.IntFlag):
     CONNECT = 2
 
 
-def restrict(*, readable: Iterable[str] | None, forbidden: Tcp, isolated: bool) -> int:
+def restrict(*, readable: Iterable[str] | None, forbidden: Tcp, connectable: Iterable[int] = (), isolated: bool) -> int:
     """Restrict this thread and all it will start; return the interface's version, 0 where the kernel has none.
 
     Of files only those `readable` and what is below them can be opened, to be read and not to be executed; None leaves
-    files alone. What is `forbidden` of TCP needs version 4. A process that is `isolated` signals none outside, and
-    connects to no abstract Unix socket that one outside listens on: version 6.
+    files alone. What is `forbidden` of TCP, though not connecting to the ports `connectable`, needs version 4. A
+    process that is `isolated` signals none outside, and connects to no abstract Unix socket that one outside listens
+    on: version 6.
 
     Needs PR_SET_NO_NEW_PRIVS. Raises OSError.
     """
@@ -64,6 +66,8 @@ def restrict(*, readable: Iterable[str] | None, forbidden: Tcp, isolated: bool) 
     try:
         for path in sorted(set(readable or ())):
             _allow_reading(ruleset, path)
+        for port in connectable if tcp_rights & Tcp.CONNECT else ():
+            _checked(_libc.syscall(_ADD_RULE, ruleset, _NET_PORT, _PORT_RULE.pack(Tcp.CONNECT, port), 0))
         _checked(_libc.syscall(_RESTRICT_SELF, ruleset, 0))
     finally:
         os.close(ruleset)

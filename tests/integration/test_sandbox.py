@@ -75,15 +75,18 @@ async def proxy_with_implants(directory: Path, implants: Implants, server: str) 
 
 
 @pytest.mark.parametrize("server", ["localhost", "127.0.0.1"])
-async def test_from_inside_a_proxy_worker_it_reads_its_program_and_no_more(
+async def test_from_inside_a_proxy_worker_it_reads_its_program_connects_to_servers_and_no_more(
     tmp_path: Path, implants: Implants, server: str
 ) -> None:
     async with proxy_with_implants(tmp_path, implants, server) as proxy:
-        results, refused = await attempts(implants, proxy.proxy_workers[0], tmp_path / "token.pin")
-        refused["connect"] = "done"
+        (worker, _) = proxy.proxy_workers
+        results, refused = await attempts(implants, worker, tmp_path / "token.pin")
         if server == "localhost":
             refused["passwd"] = "done"
         assert results == refused
+        port = proxy.config["upstreams"][0]["servers"][0]["address"].rpartition(":")[2]
+        connects = await asyncio.to_thread(implants.evaluate, worker, ATTEMPTS, f"attempt(lambda: connect({port}))")
+        assert connects == "done"
         assert await proxy.get() == (200, b"hello")
 
 

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import uvloop
 
@@ -25,7 +24,6 @@ from hsm.metricstore import MetricStore
 from hsm.pool import SignerPool
 from hsm.seal import become, forbid_new_privileges
 from tlsproxy import metrics
-from tlsproxy.config import Address, Config
 from tlsproxy.serve.anatomy import SlowHandshake
 from tlsproxy.serve.control import (
     HEARTBEAT_S,
@@ -293,14 +291,6 @@ def _receive_spec(control: socket.socket) -> tuple[ProxyWorkerSpec, bytearray]:
             return command, received
 
 
-def _has_names(config: Config) -> bool:
-    """Tell whether a server or the collector of spans is given by name, and so is to be looked up."""
-    addresses = [server.address for upstream in config.upstreams for server in upstream.servers]
-    if config.tracing is not None:
-        addresses.append(Address(urlsplit(config.tracing.endpoint).hostname or "", 0))
-    return any(isinstance(address, Address) and not address.is_ip for address in addresses)
-
-
 def _configure_log(spec: ProxyWorkerSpec) -> None:
     log = spec.config.log
     logs.configure(log.level.value, log.format.value, f"proxy-{spec.index}", sample_above=log.sample_above)
@@ -325,7 +315,7 @@ def main(arguments: Sequence[str]) -> int:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
-        abi = confine(resolves_names=_has_names(spec.config))
+        abi = confine(spec.config)
         _logger.info("confined" if abi else "not confined: this kernel has no Landlock", extra={"landlock": abi})
         uvloop.run(_serve(spec, control, received))
     except Exception as error:
