@@ -60,6 +60,8 @@ class CommandServer:
         self._connections: set[asyncio.Task[None]] = set()
         self._inode = 0
         self._key = ""
+        self._successor: asyncio.StreamWriter | None = None
+        """The connection of one that has been handed the sockets, while it lasts."""
 
     async def start(self) -> None:
         """Make the socket and its key, mode 0600, and begin. Raises StartupError."""
@@ -103,6 +105,8 @@ class CommandServer:
             writer.transport.abort()
         finally:
             self._connections.discard(task)
+            if self._successor is writer:
+                self._successor = None
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
@@ -125,8 +129,11 @@ class CommandServer:
             elif command == "drain":
                 await self._operated.drain()
             elif command == "hand_over":
+                if self._successor is not None:
+                    raise StartupError("hand over: expected one successor at a time; another one is starting")
                 with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as connection:
                     self._operated.hand_over(connection)
+                self._successor = writer
                 return None
             else:
                 return _failure([f"expected one of the commands {', '.join(COMMANDS)}"], 2)

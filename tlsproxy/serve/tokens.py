@@ -122,13 +122,15 @@ class TokenGroups:
             for name, running in self._running.items()
             if running.group in self._new
         }
-        _, waiting = await asyncio.wait(waits.values(), timeout=STRAGGLER_TIMEOUT_S) if waits else (set(), set())
-        if waiting and (all_new or not self._covers(materials)):
-            await asyncio.wait(waiting, timeout=READY_TIMEOUT_S)
+        try:
+            _, waiting = await asyncio.wait(waits.values(), timeout=STRAGGLER_TIMEOUT_S) if waits else (set(), set())
+            if waiting and (all_new or not self._covers(materials)):
+                await asyncio.wait(waiting, timeout=READY_TIMEOUT_S)
+        finally:
+            late = {name for name, task in waits.items() if task.cancel()}
         away = {}
         for name, task in waits.items():
-            if not task.done():
-                task.cancel()
+            if name in late:
                 reason = self._running[name].group.last_error
                 away[name] = f"token {name}: its worker is not ready after {STRAGGLER_TIMEOUT_S:g} s: {reason}"
             elif (error := task.exception()) is not None:

@@ -21,6 +21,7 @@ from tlsproxy.serve.control import NewTicketKeys
 from tlsproxy.serve.generation import Generation, Host, bring_up
 from tlsproxy.serve.sockets import NO_SOCKETS
 from tlsproxy.serve.supervisor import Supervisor
+from tlsproxy.serve.tokens import TokenGroups
 
 
 @pytest.fixture
@@ -75,4 +76,20 @@ async def test_what_was_made_before_descriptors_ran_out_is_undone(
         await bring_up(idle._config, {}, None, NO_SOCKETS, host)
     assert os.listdir("/proc/self/fd") == descriptors
     assert list((tmp_path / "run").iterdir()) == []
+    idle._figures.close()
+
+
+async def test_nobody_goes_on_waiting_for_tokens_when_a_start_is_given_up(tmp_path: Path, idle: Supervisor) -> None:
+    (tmp_path / "run").mkdir()
+    tokens = TokenGroups(idle._config)
+    waiting = asyncio.create_task(tokens.wait_ready({}))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await tokens.stop()
     idle._figures.close()

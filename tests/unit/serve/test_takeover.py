@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tlsproxy.errors import StartupError
+from tlsproxy.serve.command_socket import CommandServer
 from tlsproxy.serve.sockets import NO_SOCKETS, adopt
 from tlsproxy.serve.takeover import Predecessor, hand_over
 from tlsproxy.tls.context import TicketKey
@@ -51,6 +53,44 @@ def test_sockets_and_ticket_keys_are_handed_over(tmp_path: Path) -> None:
         predecessor.sockets.close(keep=NO_SOCKETS)
         os.close(predecessor.lock_fd)
         predecessor.retire()
+
+
+class Instance:
+    """One that runs, and has no sockets but the lock's."""
+
+    def __init__(self, lock_fd: int) -> None:
+        self._lock_fd = lock_fd
+
+    async def reload(self) -> None:
+        raise AssertionError
+
+    async def drain(self) -> None:
+        raise AssertionError
+
+    def status(self) -> dict[str, object]:
+        raise AssertionError
+
+    def hand_over(self, connection: socket.socket) -> None:
+        hand_over(connection, self._lock_fd, NO_SOCKETS, KEYS)
+
+
+async def test_there_is_one_successor_at_a_time(tmp_path: Path) -> None:
+    """Of two that had the sockets both would serve in the end, and one would hear no command."""
+    path = tmp_path / "sock"
+    with (tmp_path / "lock").open("w") as lock:
+        commands = CommandServer(path, Instance(lock.fileno()))
+        await commands.start()
+        first = await asyncio.to_thread(Predecessor, path)
+        with pytest.raises(StartupError, match="expected one successor at a time; another one is starting"):
+            await asyncio.to_thread(Predecessor, path)
+        first._connection.close()
+        while commands._successor is not None:  # noqa: ASYNC110 - comes in some steps
+            await asyncio.sleep(0)
+        second = await asyncio.to_thread(Predecessor, path)
+        second._connection.close()
+        for predecessor in (first, second):
+            os.close(predecessor.lock_fd)
+        await commands.close()
 
 
 SECRET = KEYS[0].aes.hex()
