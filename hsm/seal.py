@@ -91,9 +91,15 @@ def _may_lock_all() -> bool:
 
 
 def close_descriptors(keep: Iterable[int]) -> None:
-    """Close every descriptor above 2 but those in `keep`: an inherited one may lead to a network or a file."""
+    """Close every descriptor above 2 but those in `keep`: an inherited one may lead to a network or a file.
+
+    Programs that this process starts, or a library in it, get none of them: one that stays when this process has ended
+    would hide that from whoever watches over the other end.
+    """
     low = 3
     for fd in sorted(set(keep)):
         os.closerange(low, fd)
+        with contextlib.suppress(OSError):  # whoever uses it will tell
+            os.set_inheritable(fd, False)
         low = fd + 1
     os.closerange(low, os.sysconf("SC_OPEN_MAX"))

@@ -73,6 +73,7 @@ def test_closes_what_is_not_to_be_kept() -> None:
         "import os\n"
         "from hsm.seal import close_descriptors\n"
         "fds = [os.open('/dev/null', os.O_RDONLY) for _ in range(6)]\n"
+        "for fd in fds: os.set_inheritable(fd, True)\n"
         "close_descriptors([fds[4], fds[1]])\n"
         "def is_open(fd):\n"
         "    try:\n"
@@ -80,5 +81,6 @@ def test_closes_what_is_not_to_be_kept() -> None:
         "    except OSError:\n"
         "        return False\n"
         "print([fds.index(fd) for fd in fds if is_open(fd)], all(map(is_open, range(3))))\n"
+        "print([os.get_inheritable(fds[n]) for n in (1, 4)], os.get_inheritable(2))\n"
     )
-    assert result.stdout == "[1, 4] True\n"
+    assert result.stdout == "[1, 4] True\n[False, False] True\n"
