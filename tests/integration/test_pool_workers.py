@@ -214,8 +214,9 @@ async def test_a_worker_that_ends_without_a_word_is_told_of_by_its_exit_code(tmp
     monkeypatch.setattr(sys, "executable", "/bin/false")
     group = WorkerGroup(soft_token(files), str(tmp_path / "run"))
     group.start()
+    await wait_for(lambda: group.last_error == "it ended with exit code 1")
     with pytest.raises(WorkerFailed, match=r"token local: its worker is not ready after .* it ended with exit code 1"):
-        await group.wait_ready(0.3)
+        await group.wait_ready(0.01)
     assert group.failure is None
     await group.stop()
 
