@@ -98,6 +98,8 @@ class _Server:
         self._backend = backend
         self._threads = [_SigningThread(self, signer, number) for number, signer in enumerate(backend.signers)]
         self._hang_limit_ns = round(spec.hang_limit_s * 1e9)
+        self._is_hung = False
+        """As far as the last look could tell."""
         self._window = min(spec.max_in_flight, _IN_HAND_PER_SIGNER * len(self._threads))
         self._failure: PinRefused | None = None
         self._failure_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -204,8 +206,10 @@ class _Server:
 
     def _check_health(self, now_ns: int) -> None:
         """Raises TokenError when only a new process can help."""
-        since_ns = [thread.since_ns for thread in self._threads if thread.since_ns]
-        if since_ns and now_ns - min(since_ns) > self._hang_limit_ns:
+        since_ns = [since_ns for thread in self._threads if (since_ns := thread.since_ns)]
+        was_hung, self._is_hung = self._is_hung, bool(since_ns) and now_ns - min(since_ns) > self._hang_limit_ns
+        # Found twice: after this process had been stopped itself, the signature may have come meanwhile.
+        if was_hung and self._is_hung:
             raise TokenError(
                 "HUNG", f"a signature has not returned for {self._hang_limit_ns / 1e9:g} s", retryable=True
             )
