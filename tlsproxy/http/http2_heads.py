@@ -1,7 +1,6 @@
 """Heads in HTTP/2 and what they are in HTTP/1.1, which servers behind are spoken to in (RFC 9113 section 8).
 
-h2 has checked what a request must not have (fields of a connection, upper case, two authorities that differ); what is
-checked here is what must not get into a head of HTTP/1.1.
+Nothing of what a client sends is taken for granted: a field that HTTP/2 has no use for may be one that HTTP/1.1 obeys.
 """
 
 from __future__ import annotations
@@ -23,6 +22,10 @@ _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE = re.compile(rb"[\t -~\x80-\xff]*")
 _TARGET = re.compile(rb"/[!-~]*|\*")
 _SCHEMES = frozenset((b"http", b"https"))
+_NEEDED = frozenset((b":method", b":scheme", b":path"))
+_PSEUDO = _NEEDED | {b":authority", b":protocol"}
+_OF_A_CONNECTION = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"))
+"""What HTTP/2 has frames for instead (RFC 9113 section 8.2.2)."""
 _REFUSED_METHODS = frozenset((b"CONNECT", b"TRACE"))
 
 
@@ -34,16 +37,10 @@ def request_of(headers: Sequence[tuple[bytes, bytes]], *, ended: bool) -> Reques
     """
     if len(headers) > MAX_FIELDS + 4:
         raise HttpError(431, "too_many_fields")
-    pseudo: dict[bytes, bytes] = {}
-    plain = []
-    for name, value in headers:
-        if name[:1] == b":":
-            pseudo[name] = value
-        else:
-            plain.append((name, value))
-    if pseudo[b":method"] in _REFUSED_METHODS:
-        raise HttpError(501, "method_refused")
     try:
+        pseudo, plain = _apart(headers)
+        if pseudo.get(b":method") in _REFUSED_METHODS:
+            raise HttpError(501, "method_refused")
         return _understand(pseudo, _fields(plain), ended=ended)
     except MessageError as error:
         raise HttpError(400, error.rule) from None
@@ -59,16 +56,34 @@ def trailers_of(headers: Sequence[tuple[bytes, bytes]]) -> list[Field]:
         raise HttpError(400, error.rule) from None
 
 
-def _fields(headers: Sequence[tuple[bytes, bytes]]) -> list[Field]:
+def _apart(headers: Sequence[tuple[bytes, bytes]]) -> tuple[dict[bytes, bytes], list[tuple[bytes, bytes]]]:
+    """Return the pseudo-header fields, which come first and once, and the others. Raises MessageError."""
+    pseudo: dict[bytes, bytes] = {}
     for name, value in headers:
-        if _NAME.fullmatch(name) is None:
+        if name[:1] != b":":
+            break
+        if name in pseudo or name not in _PSEUDO:
+            raise MessageError("bad_request_line")
+        pseudo[name] = value
+    return pseudo, list(headers[len(pseudo) :])
+
+
+def _fields(headers: Sequence[tuple[bytes, bytes]]) -> list[Field]:
+    fields = []
+    for name, value in headers:
+        if _NAME.fullmatch(name) is None or name in _OF_A_CONNECTION:
             raise MessageError("bad_field")
         if _VALUE.fullmatch(value) is None:
             raise MessageError("control_character")
-    return [(name, name, value.strip(b" \t")) for name, value in headers]
+        if value != value.strip(b" \t"):
+            raise MessageError("bad_field")
+        fields.append((name, name, value))
+    return fields
 
 
 def _understand(pseudo: dict[bytes, bytes], fields: list[Field], *, ended: bool) -> RequestHead:
+    if not pseudo.keys() >= _NEEDED or b":protocol" in pseudo:
+        raise MessageError("bad_request_line")
     method, target = pseudo[b":method"], pseudo[b":path"]
     if _METHOD.fullmatch(method) is None or pseudo[b":scheme"] not in _SCHEMES:
         raise MessageError("bad_request_line")
@@ -77,12 +92,20 @@ def _understand(pseudo: dict[bytes, bytes], fields: list[Field], *, ended: bool)
     host = pseudo.get(b":authority")
     content_length: int | None = None
     takes_trailers = False
+    host_fields = 0
     for name, _, value in fields:
-        if name == b"host" and host is None:
+        if name == b"host":
+            host_fields += 1
+            if host_fields > 1:
+                raise MessageError("bad_host")
+            if host is not None and value != host:
+                raise MessageError("host_mismatch")
             host = value
         elif name == b"content-length":
             content_length = content_length_of(value, content_length)
         elif name == b"te":
+            if value.lower() != b"trailers":
+                raise MessageError("bad_field")
             takes_trailers = True
     if host is None:
         raise MessageError("bad_host")

@@ -188,33 +188,6 @@ def test_a_frame_too_large_is_refused_by_its_length() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        [*HEAD, (b"Upper", b"1")],
-        [*HEAD, (b"connection", b"close")],
-        [*HEAD, (b"transfer-encoding", b"chunked")],
-        [*HEAD, (b"upgrade", b"h2c")],
-        [*HEAD, (b"te", b"gzip")],
-        [*HEAD, (b"x", b"a\r\nb: c")],
-        [*HEAD, (b"x", b"a\x00")],
-        [*HEAD, (b"x: y", b"a")],
-        [*HEAD, (b"host", b"other")],
-        [*HEAD, (b":path", b"/again")],
-        [*HEAD, (b":unknown", b"1")],
-        [(b"x", b"1"), *HEAD],
-        HEAD[:3],
-        [*HEAD[:3], (b":path", b"")],
-        [*HEAD[:2], HEAD[3]],
-    ],
-)
-def test_malformed_requests_end_the_connection(fields: list[tuple[bytes, bytes]]) -> None:
-    pair = Pair()
-    block = pair.client.encoder.encode(fields)
-    frame = HeadersFrame(1, data=block, flags=("END_HEADERS", "END_STREAM"))
-    assert pair.refused(frame) == ("http2_protocol_error", ErrorCodes.PROTOCOL_ERROR)
-
-
 def test_too_many_streams_at_once() -> None:
     pair = Pair(streams=2)
     pair.feed(headers(pair, 1), headers(pair, 3))

@@ -83,6 +83,11 @@ def test_what_cannot_be_said_in_http_1_1(pseudo: dict[str, bytes], rule: str) ->
         ((b"A", b""), "bad_field"),
         ((b"", b""), "bad_field"),
         ((b"a(", b""), "bad_field"),
+        ((b"connection", b"close"), "bad_field"),
+        ((b"transfer-encoding", b"chunked"), "bad_field"),
+        ((b"upgrade", b"h2c"), "bad_field"),
+        ((b"a", b" b"), "bad_field"),
+        ((b"a", b"b\t"), "bad_field"),
         ((b"a", b"b\nc"), "control_character"),
         ((b"a", b"b\rc"), "control_character"),
         ((b"a", b"\x00"), "control_character"),
@@ -93,6 +98,32 @@ def test_fields_that_are_none(field: tuple[bytes, bytes], rule: str) -> None:
     assert refused(field) == (400, rule)
     with pytest.raises(HttpError, match=rule):
         trailers_of([field])
+
+
+def test_pseudo_header_fields_come_first_and_once() -> None:
+    for wrong in (
+        [*fields(), (b":path", b"/again")],
+        [*fields(), (b":unknown", b"1")],
+        [*fields(), (b":status", b"200")],
+        [*fields(), (b":protocol", b"websocket")],
+        [(b"x", b"1"), *fields()],
+        fields(method=b""),
+        fields(scheme=b""),
+        fields(path=b""),
+        [],
+    ):
+        with pytest.raises(HttpError, match=r"bad_request_line|bad_field"):
+            request_of(wrong, ended=True)
+
+
+def test_there_is_one_host() -> None:
+    assert request_of(fields((b"host", b"a")), ended=True).host == b"a"
+    assert refused((b"host", b"b")) == (400, "host_mismatch")
+    assert refused((b"host", b"a"), (b"host", b"a")) == (400, "bad_host")
+
+
+def test_te_says_trailers_or_nothing() -> None:
+    assert refused((b"te", b"gzip")) == (400, "bad_field")
 
 
 def test_lengths_must_be_one() -> None:
