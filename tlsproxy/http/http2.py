@@ -30,12 +30,18 @@ _MAX_FRAME_BYTES = 1 << 14
 _DEFAULT_WINDOW_BYTES = (1 << 16) - 1
 _LAST_STREAM_ID = (1 << 31) - 1
 
-_DATA, _HEADERS, _RST_STREAM, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 7, 8
-_END_STREAM = 1
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = 0, 1, 3, 4, 7, 8, 9
+_END_STREAM, _PADDED = 1, 8
+_SETTING_BYTES = 6
+_KNOWN_SETTINGS = frozenset(map(int, SettingCodes))
+_TABLE_BYTES = 4096
+"""What heads are compressed against, however much a client offers: hpack searches all of it for each field."""
 _BUDGET = 1000.0
 _BUDGET_PER_S = 50.0
 _RESET_COST = 5.0
 """A request taken back at once has cost us a connection to a server."""
+_HEAD_SLACK = 2
+"""A head so many times as large as allowed is still read, if only to be answered: what follows refers back to it."""
 
 
 class Http2Error(Exception):
@@ -91,7 +97,17 @@ Event = HeadersReceived | DataReceived | TrailersReceived | StreamReset | Window
 class Http2Connection:
     """The server's side of one connection. `header_bytes` limits a request's head, `streams` the requests at a time."""
 
-    __slots__ = ("_budget", "_budget_since_s", "_buffer", "_h2", "_preface_read", "client_leaves", "highest_stream_id")
+    __slots__ = (
+        "_budget",
+        "_budget_since_s",
+        "_buffer",
+        "_h2",
+        "_head_bytes",
+        "_max_head_bytes",
+        "_preface_read",
+        "_streams",
+        "client_leaves",
+    )
 
     def __init__(self, *, header_bytes: int, streams: int) -> None:
         h2 = H2Connection(
@@ -113,8 +129,14 @@ class Http2Connection:
                 SettingCodes.MAX_HEADER_LIST_SIZE: header_bytes,
             },
         )
-        h2.decoder.max_header_list_size = header_bytes
+        self._max_head_bytes = h2.decoder.max_header_list_size = _HEAD_SLACK * header_bytes
+        self._head_bytes = 0
+        """Of the head that is being received, as it comes."""
         h2.initiate_connection()
+        # The client has been told, but may not have read it yet: h2 would end the connection at a stream too many.
+        h2.local_settings.max_concurrent_streams = _LAST_STREAM_ID
+        h2.local_settings.acknowledge()
+        self._streams = streams
         h2.increment_flow_control_window(CONNECTION_WINDOW_BYTES - _DEFAULT_WINDOW_BYTES)
         self._h2 = h2
         self._buffer = b""
@@ -123,7 +145,6 @@ class Http2Connection:
         self._budget_since_s = 0.0
         self.client_leaves = False
         """The client will begin no further request (GOAWAY)."""
-        self.highest_stream_id = 0
 
     # In.
 
@@ -147,28 +168,37 @@ class Http2Connection:
             return None
         length = int.from_bytes(buffer[:3], "big")
         if length > _MAX_FRAME_BYTES:
-            self._h2.close_connection(ErrorCodes.FRAME_SIZE_ERROR)
-            raise Http2Error("http2_frame_too_large")
+            raise self._refusal(ErrorCodes.FRAME_SIZE_ERROR, "http2_frame_too_large")
         end = _FRAME_HEAD_BYTES + length
         if len(buffer) < end:
             return None
-        kind, flags = buffer[3], buffer[4]
-        self._spend(kind, flags, length, now_s)
-        self._buffer = buffer[end:]
+        frame, self._buffer = buffer[:end], buffer[end:]
+        self._check(frame, now_s)
+        kind = frame[3]
         if kind == _GOAWAY:
             # h2 would let go of the streams that are open, which the client still waits for.
             self.client_leaves = True
             return []
-        return self._feed(buffer[:end], now_s)
+        return self._feed(_heeded(frame) if kind == _SETTINGS else frame, now_s)
 
-    def _spend(self, kind: int, flags: int, length: int, now_s: float) -> None:
-        """Take a frame off the budget, unless it brings a request forward. Raises Http2Error.
+    def _check(self, frame: bytes, now_s: float) -> None:
+        """Limit what a head may take before it is read, and take off the budget what brings no request forward.
 
-        Floods of them, HEADERS with RST_STREAM among them, have brought servers down at the cost of a few bytes each
-        (CVE-2019-9512 to 9518, CVE-2023-44487, CVE-2024-27316).
+        Floods of such frames, HEADERS with RST_STREAM among them, have brought servers down at the cost of a few bytes
+        each (CVE-2019-9512 to 9518, CVE-2023-44487, CVE-2024-27316). Raises Http2Error.
         """
-        if kind in (_HEADERS, _WINDOW_UPDATE) or (kind == _DATA and (length or flags & _END_STREAM)):
+        kind, flags, length = frame[3], frame[4], len(frame) - _FRAME_HEAD_BYTES
+        if kind in (_HEADERS, _CONTINUATION):
+            # h2 would hold 64 frames of it.
+            self._head_bytes = length + (self._head_bytes if kind == _CONTINUATION else 0)
+            if self._head_bytes > self._max_head_bytes:
+                raise self._refusal(ErrorCodes.ENHANCE_YOUR_CALM, "header_too_large")
+        if kind in (_HEADERS, _WINDOW_UPDATE):
             return
+        if kind == _DATA:
+            padding = 1 + frame[_FRAME_HEAD_BYTES] if length and flags & _PADDED else 0
+            if length > padding or flags & _END_STREAM:
+                return
         self._charge(_RESET_COST if kind == _RST_STREAM else 1.0, now_s)
 
     def _charge(self, cost: float, now_s: float) -> None:
@@ -176,8 +206,11 @@ class Http2Connection:
         self._budget_since_s = now_s
         self._budget -= cost
         if self._budget < 0:
-            self._h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
-            raise Http2Error("http2_flood")
+            raise self._refusal(ErrorCodes.ENHANCE_YOUR_CALM, "http2_flood")
+
+    def _refusal(self, code: ErrorCodes, rule: str) -> Http2Error:
+        self._h2.close_connection(code)
+        return Http2Error(rule)
 
     def _feed(self, data: bytes, now_s: float) -> list[Event]:
         try:
@@ -191,8 +224,12 @@ class Http2Connection:
                 ended = event.stream_ended is not None
                 events.append(DataReceived(event.stream_id, event.data, event.flow_controlled_length, ended))
             elif isinstance(event, h2_events.RequestReceived):
-                self.highest_stream_id = event.stream_id
-                events.append(HeadersReceived(event.stream_id, _pairs(event.headers), event.stream_ended is not None))
+                if self._h2.open_inbound_streams > self._streams:
+                    self._h2.reset_stream(event.stream_id, ErrorCodes.REFUSED_STREAM)
+                    self._charge(_RESET_COST, now_s)
+                else:
+                    ended = event.stream_ended is not None
+                    events.append(HeadersReceived(event.stream_id, _pairs(event.headers), ended))
             elif isinstance(event, h2_events.TrailersReceived):
                 events.append(TrailersReceived(event.stream_id, _pairs(event.headers)))
             elif isinstance(event, h2_events.StreamReset):
@@ -217,6 +254,11 @@ class Http2Connection:
         """Send the head of a response, or its trailers (`ended`)."""
         self._h2.send_headers(stream_id, fields, end_stream=ended)
 
+    @property
+    def has_room(self) -> bool:
+        """The client takes more on the connection, if not on every stream."""
+        return self._h2.outbound_flow_control_window > 0
+
     def room(self, stream_id: int) -> int:
         """Return how many bytes of a body the next send_data may have."""
         return min(self._h2.local_flow_control_window(stream_id), self._h2.max_outbound_frame_size)
@@ -240,6 +282,23 @@ class Http2Connection:
     def close(self) -> None:
         """Say that this is the end, and up to which request the client has been served."""
         self._h2.close_connection(ErrorCodes.NO_ERROR)
+
+
+def _heeded(frame: bytes) -> bytes:
+    """Return a SETTINGS frame with what there is to heed in it.
+
+    h2 would keep every setting that it does not know, in 65,536 queues, and let the client say how large our table is.
+    """
+    if (len(frame) - _FRAME_HEAD_BYTES) % _SETTING_BYTES:
+        return frame
+    settings = bytearray()
+    for start in range(_FRAME_HEAD_BYTES, len(frame), _SETTING_BYTES):
+        code, value = int.from_bytes(frame[start : start + 2], "big"), frame[start + 2 : start + _SETTING_BYTES]
+        if code == SettingCodes.HEADER_TABLE_SIZE:
+            value = min(value, _TABLE_BYTES.to_bytes(4, "big"))
+        if code in _KNOWN_SETTINGS:
+            settings += frame[start : start + 2] + value
+    return len(settings).to_bytes(3, "big") + frame[3:_FRAME_HEAD_BYTES] + settings
 
 
 def _pairs(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

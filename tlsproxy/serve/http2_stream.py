@@ -87,6 +87,9 @@ class Http2Stream(Responder):
         """Start an exchange, or answer what needs no upstream."""
         self._request_ended = ended
         try:
+            if sum(len(name) + len(value) + 32 for name, value in fields) > self.runtime.config.limits.header_bytes:
+                # As SETTINGS_MAX_HEADER_LIST_SIZE has told the client.
+                raise HttpError(431, "header_too_large")
             request = request_of(fields, ended=ended)
             route = self.runtime.router.find(request)
         except HttpError as error:

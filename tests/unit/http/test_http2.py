@@ -6,6 +6,7 @@ import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
+from h2.settings import SettingCodes
 from hyperframe.frame import ContinuationFrame, DataFrame, Frame, HeadersFrame, PingFrame, PriorityFrame, RstStreamFrame
 
 from tlsproxy.http.http2 import (
@@ -188,10 +189,34 @@ def test_a_frame_too_large_is_refused_by_its_length() -> None:
     )
 
 
-def test_too_many_streams_at_once() -> None:
+def test_a_stream_too_many_is_refused_alone() -> None:
     pair = Pair(streams=2)
-    pair.feed(headers(pair, 1), headers(pair, 3))
-    assert pair.refused(headers(pair, 5))[0] == "http2_protocol_error"
+    events = pair.feed(headers(pair, 1), headers(pair, 3), headers(pair, 5))
+    assert events == [HeadersReceived(1, HEAD, ended=True), HeadersReceived(3, HEAD, ended=True)]
+    assert pair.server.data_to_send() == b"\x00\x00\x04\x03\x00" + bytes((0, 0, 0, 5, 0, 0, 0, 7))
+    pair.server.send_headers(3, [(b":status", b"200")], ended=True)
+    assert pair.feed(headers(pair, 7)) == [HeadersReceived(7, HEAD, ended=True)]
+    assert pair.refused(*(headers(pair, n) for n in range(9, 500, 2)))[0] == "http2_flood"
+
+
+def test_settings_that_nobody_knows_are_not_kept() -> None:
+    pair = Pair()
+    known = len(pair.server._h2.remote_settings)
+    unknown = b"".join(code.to_bytes(2, "big") + bytes(4) for code in range(256, 2956))
+    pair.feed(len(unknown).to_bytes(3, "big") + b"\x04\x00" + bytes(4) + unknown)
+    assert len(pair.server._h2.remote_settings) == known
+
+
+def test_the_table_for_heads_is_no_larger_than_the_initial_one() -> None:
+    pair = Pair()
+    pair.client.update_settings({SettingCodes.HEADER_TABLE_SIZE: 1 << 20})
+    pair.exchange()
+    for stream_id in range(1, 101, 2):
+        pair.client.send_headers(stream_id, HEAD, end_stream=True)
+        pair.exchange()
+        pair.server.send_headers(stream_id, [(b":status", b"200"), (b"x", b"%d" % stream_id * 300)], ended=True)
+        pair.client.receive_data(pair.server.data_to_send())
+    assert sum(len(name) + len(value) for name, value in pair.client.decoder.header_table.dynamic_entries) < 4096
 
 
 def test_a_head_that_unpacks_to_too_much() -> None:
@@ -199,8 +224,17 @@ def test_a_head_that_unpacks_to_too_much() -> None:
     block = pair.client.encoder.encode([*HEAD, (b"x", b"y" * 3000)])
     again = pair.client.encoder.encode([(b"x", b"y" * 3000)])
     assert len(again) < 10
+    # Twice of what is allowed is read: it is answered then.
     frame = HeadersFrame(1, data=block + again, flags=("END_HEADERS", "END_STREAM"))
+    assert isinstance(pair.feed(frame)[0], HeadersReceived)
+    frame = HeadersFrame(3, data=again * 3, flags=("END_HEADERS", "END_STREAM"))
     assert pair.refused(frame) == ("header_too_large", ErrorCodes.ENHANCE_YOUR_CALM)
+
+
+def test_a_head_is_not_held_before_it_is_read() -> None:
+    pair = Pair(header_bytes=4096)
+    frames = [ContinuationFrame(1, data=bytes(4096)) for _ in range(2)]
+    assert pair.refused(HeadersFrame(1, data=bytes(4096)), *frames)[0] == "header_too_large"
 
 
 def test_a_head_without_end() -> None:
@@ -215,9 +249,10 @@ def test_a_head_without_end() -> None:
         PingFrame(0, opaque_data=bytes(8)),
         PriorityFrame(9, depends_on=0),
         DataFrame(1),
+        DataFrame(1, pad_length=9, flags=("PADDED",)),
         b"\x00\x00\x00\xaa\x00" + bytes(4),
     ],
-    ids=["ping", "priority", "empty data", "unknown"],
+    ids=["ping", "priority", "empty data", "padding", "unknown"],
 )
 def test_floods_end_the_connection(frame: Frame | bytes) -> None:
     pair = Pair()
