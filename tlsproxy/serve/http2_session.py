@@ -41,7 +41,9 @@ class Http2Session:
         "_blocked",
         "_drain_until_s",
         "_in_turn",
+        "_input_ended",
         "_streams",
+        "_turn_due",
         "_unflushed_bytes",
         "_untraced_handshake",
         "client",
@@ -56,6 +58,9 @@ class Http2Session:
         self._blocked: dict[int, Http2Stream] = {}
         """Those that have more to say than the client takes now, the one that has waited longest first."""
         self._in_turn = False
+        self._turn_due = False
+        """Frames wait for the loop's next turn."""
+        self._input_ended = False
         self._unflushed_bytes = 0
         self._drain_until_s: float | None = None
         self._untraced_handshake = handshake
@@ -66,22 +71,22 @@ class Http2Session:
     def client_data(self, data: bytes) -> None:
         """Act on frames, for one turn of the loop."""
         self.protocol.receive(data)
-        self._take_turn()
+        if not self._turn_due:
+            self._take_turn()
 
     def client_ended(self) -> None:
         """Answer what has been asked in full; the rest never will be."""
-        for stream in list(self._streams.values()):
-            stream.client_ended()
-        self.protocol.client_leaves = True
-        if not self._streams:
-            self._finish()
+        self._input_ended = True
+        if not self._turn_due:
+            self._end_input()
 
     def client_writable(self, writable: bool) -> None:
         """Go on sending, or let servers wait; a client that does not read is not read from either."""
         client = self.client
         if writable:
             client.resume(PauseReason.CLIENT)
-            self._send_more()
+            for stream_id in list(self._blocked):
+                self._go_on(stream_id)
             now_s = monotonic()
             for stream in self._blocked.values():
                 stream.await_client(now_s)
@@ -188,6 +193,7 @@ class Http2Session:
                 for event in events:
                     self._act_on(event)
             else:
+                self._turn_due = True
                 client.pause(PauseReason.TURN)
                 asyncio.get_running_loop().call_soon(self._next_turn)
         except Http2Error as error:
@@ -199,9 +205,19 @@ class Http2Session:
         self.flush()
 
     def _next_turn(self) -> None:
+        self._turn_due = False
         if self.client.phase is Phase.OPEN:
             self.client.resume(PauseReason.TURN)
             self._take_turn()
+            if self._input_ended and not self._turn_due:
+                self._end_input()
+
+    def _end_input(self) -> None:
+        for stream in list(self._streams.values()):
+            stream.client_ended()
+        self.protocol.client_leaves = True
+        if not self._streams:
+            self._finish()
 
     def _act_on(self, event: Event) -> None:
         if isinstance(event, HeadersReceived):
@@ -211,7 +227,7 @@ class Http2Session:
             stream.begin(event.fields, ended=event.ended)
             return
         if isinstance(event, WindowOpened):
-            self._send_more(event.stream_id)
+            self._window_opened(event.stream_id)
             return
         found = self._streams.get(event.stream_id)
         if isinstance(event, DataReceived):
@@ -226,14 +242,19 @@ class Http2Session:
                 self.forget(found)
                 found.abandon()
 
-    def _send_more(self, stream_id: int = 0) -> None:
-        """Let the streams that waited send again, or one of them."""
+    def _window_opened(self, stream_id: int) -> None:
+        """Let the stream go on that waited for this, or all of them as long as the connection's window lasts."""
         for waiting_id in [stream_id] if stream_id else list(self._blocked):
-            stream = self._blocked.get(waiting_id)
-            if stream is not None:
-                self.pump(stream)
-                if not stream.is_blocked:
-                    stream.drained()
+            if not self.protocol.has_room:
+                break
+            self._go_on(waiting_id)
+
+    def _go_on(self, stream_id: int) -> None:
+        stream = self._blocked.get(stream_id)
+        if stream is not None:
+            self.pump(stream)
+            if not stream.is_blocked:
+                stream.drained()
 
     def _set_deadline(self) -> None:
         client = self.client
