@@ -18,6 +18,7 @@ from tlsproxy.http.http2 import DataReceived
 from tlsproxy.http.http2_heads import request_of, response_fields, trailer_fields, trailers_of
 from tlsproxy.http.pace import Pace
 from tlsproxy.http.syntax import Field
+from tlsproxy.serve.client import LINGER_S
 from tlsproxy.serve.exchange import Exchange
 from tlsproxy.serve.responder import CLIENT_CLOSED, Responder
 from tlsproxy.serve.upstream_connection import UpstreamConnection
@@ -37,6 +38,7 @@ class Http2Stream(Responder):
         "_heads",
         "_held_bytes",
         "_length_left",
+        "_lingering",
         "_output",
         "_request_ended",
         "_response_ended",
@@ -78,6 +80,8 @@ class Http2Stream(Responder):
         """Flushed, but more than the client takes."""
         self._trailers: list[tuple[bytes, bytes]] = []
         self._response_ended = False
+        self._lingering = False
+        """The response is complete, the request is not."""
         self._sent_bytes = 0
         """Since the deadline was set."""
 
@@ -120,6 +124,7 @@ class Http2Stream(Responder):
         exchange = self._exchange
         if exchange is None:
             self._give_back()
+            self._end_lingering()
             return
         try:
             self._measure(len(part.data), ended=part.ended)
@@ -137,6 +142,7 @@ class Http2Stream(Responder):
         """End the request's body with them."""
         self._request_ended = True
         if self._exchange is None:
+            self._end_lingering()
             return
         try:
             self._measure(0, ended=True)
@@ -171,7 +177,7 @@ class Http2Stream(Responder):
         elif self._exchange is not None and not self._exchange.status:
             self._refuse(HttpError(408, "body_timeout"))
             return
-        self._session.reset(self, ErrorCodes.CANCEL)
+        self._session.reset(self, ErrorCodes.NO_ERROR if self._lingering else ErrorCodes.CANCEL)
         self.abandon()
 
     # What the session asks when there is room in the client's windows, or for none.
@@ -320,11 +326,21 @@ class Http2Stream(Responder):
                 raise HttpError(413, "body_too_large")
 
     def _complete(self) -> None:
-        """The response has gone out: the rest of the request, if any, is of no use (RFC 9113 section 8.1)."""
+        """The response has gone out. What is left of the request, if anything, is thrown away as it comes.
+
+        To reset the stream with NO_ERROR would do by RFC 9113 section 8.1, but curl (7.88), Java and httpx lose the
+        response over it, or wait for a window for ever.
+        """
         if self._request_ended:
             self._session.forget(self)
-        else:
-            self._session.reset(self, ErrorCodes.NO_ERROR)
+            return
+        self._lingering = True
+        self.deadline = monotonic() + LINGER_S
+        self._session.deadline_changed(self)
+
+    def _end_lingering(self) -> None:
+        if self._lingering and self._request_ended:
+            self._session.forget(self)
 
     def _give_back(self) -> None:
         size, self._held_bytes = self._held_bytes, 0
@@ -333,7 +349,7 @@ class Http2Stream(Responder):
 
     def _set_deadline(self) -> None:
         """A request's body is to come at a certain pace; all else is for the upstream's deadlines, or await_client."""
-        if self.is_blocked:
+        if self.is_blocked or self._lingering:
             return
         exchange = self._exchange
         if exchange is None or exchange.request_ended or not self._accepting:

@@ -13,7 +13,7 @@ from tests.dataplane import DataPlane, big, data_plane, until
 from tests.http2_client import CONTEXT, connect
 from tests.unit.tls.peers import Client
 from tlsproxy.config import HeaderRules, HstsConfig, ListenerMode, RedirectConfig
-from tlsproxy.serve import http2_session
+from tlsproxy.serve import http2_session, http2_stream
 
 HTTP2 = {"http2": True}
 
@@ -234,6 +234,21 @@ async def test_a_body_too_large_is_refused_and_the_connection_goes_on(known: boo
         stream = await client.request("/", method="POST", fields=fields, body=big(15_000), ended=False)
         response = await client.response(stream)
         assert (response.status, response.complete) == (413, True)
+        await client.send_body(stream, big(5_000))
+        assert (await client.get("/a", body=b"b")).body == b"/a b"
+        assert response.reset is None
+
+
+async def test_the_rest_of_a_refused_body_is_taken_for_some_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http2_stream, "LINGER_S", 0.1)
+    async with backend(echo) as app, data_plane(app.port, listener=HTTP2, routes=[{"body_bytes": 10_000}]) as proxy:
+        client = await connect(proxy)
+        stream = await client.request("/", method="POST", body=big(15_000), ended=False)
+        await client.send_body(stream, big(3_000_000), ended=False)
+        response = await client.response(stream)
+        assert (response.status, response.complete) == (413, True)
+        await asyncio.sleep(0.15)
+        proxy.sweep()
         while response.reset is None:
             assert await client.step()
         assert response.reset == ErrorCodes.NO_ERROR
