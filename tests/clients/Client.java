@@ -1,4 +1,4 @@
-// Java's HttpClient: PORT CA_FILE
+// Java's HttpClient: PORT CA_FILE VERSION_OF_HTTP
 import java.io.ByteArrayInputStream;
 import java.io.FileInputStream;
 import java.net.URI;
@@ -85,7 +85,7 @@ public class Client {
         trust.init(store);
         SSLContext context = SSLContext.getInstance("TLS");
         context.init(null, trust.getTrustManagers(), null);
-        client = HttpClient.newBuilder().sslContext(context).version(HttpClient.Version.HTTP_1_1).build();
+        client = HttpClient.newBuilder().sslContext(context).version(arguments[2].equals("2") ? HttpClient.Version.HTTP_2 : HttpClient.Version.HTTP_1_1).build();
 
         byte[] body = new byte[251 * 41780];
         for (int index = 0; index < body.length; index++) body[index] = (byte) (index % 251);
@@ -99,7 +99,7 @@ public class Client {
         run("no_content", () -> get("/204"));
         run("not_modified", () -> get("/304"));
         run("early_hints", () -> get("/hints"));
-        run("big_header", () -> get("/hello", "X-Big", "x".repeat(70000)));
+        run("big_header", () -> get("/hello", "X-Big", "x".repeat(40000)));
         run("slow_body", () -> get("/slow-body"));
         run("early_response", () -> ask("POST", "/early", BodyPublishers.ofByteArray(body)));
         run("dead", () -> get("/dead"));

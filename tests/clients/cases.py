@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 BODY = bytes(range(251)) * 41_780  # a little more than 10 MB
 PIECES = 40
-BIG_HEADER = "x" * 70_000
+BIG_HEADER = "x" * 40_000
 
 
 def pieces() -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""curl: PORT CA_FILE."""
+"""curl: PORT CA_FILE VERSION_OF_HTTP."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import cases
 
 BASE = f"https://localhost:{sys.argv[1]}"
-CURL = ["curl", "--silent", "--show-error", "--http1.1", "--max-time", "30", "--cacert", sys.argv[2]]
+CURL = ["curl", "--silent", "--show-error", "--http" + sys.argv[3], "--max-time", "30", "--cacert", sys.argv[2]]
 CURL += ["--resolve", f"localhost:{sys.argv[1]}:127.0.0.1", "--write-out", "%{stderr}%{http_code} %{num_connects}\n"]
 
-CHUNKED = ["-H", "Transfer-Encoding: chunked", "-H", "Expect: 100-continue"]
+# In HTTP/2 a body of unknown length needs no word about it.
+UNKNOWN_LENGTH = ["Transfer-Encoding: chunked"] if sys.argv[3] == "1.1" else ["Content-Length:"]
+CHUNKED = [option for field in [*UNKNOWN_LENGTH, "Expect: 100-continue"] for option in ("-H", field)]
 
 
 def ask(path: str, *options: str, data: bytes = b"") -> dict[str, Any]:

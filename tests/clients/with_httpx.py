@@ -1,4 +1,4 @@
-"""httpx: PORT CA_FILE."""
+"""httpx: PORT CA_FILE VERSION_OF_HTTP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import cases
 import httpx
 
 client = httpx.Client(
-    base_url=f"https://localhost:{sys.argv[1]}", verify=ssl.create_default_context(cafile=sys.argv[2]), timeout=30
+    base_url=f"https://localhost:{sys.argv[1]}",
+    verify=ssl.create_default_context(cafile=sys.argv[2]),
+    timeout=30,
+    http2=sys.argv[3] == "2",
 )
 
 
