@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include <openssl/core_names.h>
+#include <openssl/err.h>
 #include <openssl/rand.h>
 
 /* Handshake messages after the handshake (KeyUpdate, TLS 1.2 renegotiation) cost key derivations, or an answer, for
@@ -36,6 +37,13 @@ static int on_client_hello(SSL *ssl, int *alert, void *arg) {
         return SSL_CLIENT_HELLO_SUCCESS;
     if (connection->hello_state == TLS_HELLO_TO_ANSWER)
         return SSL_CLIENT_HELLO_RETRY;
+    if (SSL_has_pending(ssl)) {
+        /* Of TLS 1.2 libssl would take more out of the same record: in the job that makes the signature, where nothing
+         * else of the client's is read (_connection.c). Nobody sends that. */
+        ERR_raise(ERR_LIB_SSL, SSL_R_UNEXPECTED_MESSAGE);
+        *alert = SSL_AD_UNEXPECTED_MESSAGE;
+        return SSL_CLIENT_HELLO_ERROR;
+    }
     for (i = 0; i < TLS_HELLO_FIELDS; i++) {
         size_t *len = &connection->hello_len[i];
         *len = 0;

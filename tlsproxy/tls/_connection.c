@@ -21,7 +21,7 @@ static int bio_read(BIO *bio, char *data, size_t size, size_t *len) {
     BIO_clear_retry_flags(bio);
     if (connection->flooded)
         return 0;
-    if (connection->input_len == 0) {
+    if (connection->input_len == 0 || connection->signing) {
         BIO_set_retry_read(bio);
         return 0;
     }
@@ -120,6 +120,13 @@ void tls_connection_free(struct tls_connection *connection) {
     connection->hello = NULL;
 }
 
+/* From the signature on nothing pauses, so nothing needs a job. What the client says after it, a certificate perhaps,
+ * is not read in one: a job's stack is small, and has no guard page. */
+static void leave_jobs(struct tls_connection *connection) {
+    connection->signing = 0;
+    SSL_clear_mode(connection->ssl, SSL_MODE_ASYNC);
+}
+
 enum tls_status tls_handshake(struct tls_connection *connection) {
     int result;
 
@@ -129,15 +136,21 @@ enum tls_status tls_handshake(struct tls_connection *connection) {
     hsm_enter(NULL);
     if (result == 1) {
         connection->established = 1;
-        SSL_clear_mode(connection->ssl, SSL_MODE_ASYNC); /* nothing pauses from here on, so nothing needs a job */
+        leave_jobs(connection);
         return TLS_OK;
     }
     switch (SSL_get_error(connection->ssl, result)) {
     case SSL_ERROR_WANT_READ:
+        if (connection->signing) {
+            leave_jobs(connection);
+            if (connection->input_len > 0)
+                return tls_handshake(connection);
+        }
         return TLS_WANT_DATA;
     case SSL_ERROR_WANT_CLIENT_HELLO_CB:
         return TLS_WANT_CERTIFICATE;
     case SSL_ERROR_WANT_ASYNC:
+        connection->signing = 1;
         return TLS_WANT_SIGNATURE;
     case SSL_ERROR_ZERO_RETURN:
         return TLS_CLOSE_NOTIFY;

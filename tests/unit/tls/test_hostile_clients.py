@@ -133,6 +133,14 @@ def test_a_client_hello_that_never_ends(context: TlsContext):
     assert events == [HandshakeFailed(None, None, "more than 65536 bytes without a complete handshake")]
 
 
+def test_nothing_may_follow_a_client_hello_in_its_record(authority: Authority, context: TlsContext):
+    for tls12 in (True, False):
+        hello = Client(client_context(authority, tls12=tls12)).step()
+        body = hello[5:] + bytes([11, 0, 0, 3, 0, 0, 0])  # an empty Certificate
+        event = failure(context.connection(), hello[:3] + len(body).to_bytes(2, "big") + body)
+        assert (event.alert_sent, event.reason) == (UNEXPECTED_MESSAGE, "unexpected message")
+
+
 def test_clients_without_common_ground(authority: Authority, signer: Signer, context: TlsContext):
     client = Client(client_context(authority, tls12=True, ciphers="ECDHE-RSA-AES128-GCM-SHA256"))
     server = context.connection()
