@@ -36,6 +36,7 @@ from tlsproxy.config import (
 from tlsproxy.serve.counting import ListenerMetrics, UpstreamMetrics
 from tlsproxy.serve.listener import ListenerRuntime
 from tlsproxy.serve.upstream import Upstream
+from tlsproxy.tls.client_certificates import ClientVerification
 from tlsproxy.tls.context import TlsContext
 from tlsproxy.tls.events import SignatureNeeded
 
@@ -172,6 +173,7 @@ async def data_plane(
     upstream_timeouts: Mapping[str, float] | None = None,
     upstream: Mapping[str, Any] | None = None,
     servers: Mapping[str, Any] | None = None,
+    client_verification: ClientVerification | None = None,
 ) -> AsyncIterator[DataPlane]:
     """Run a listener before the back ends at `ports`: of the upstream `app`, or of several by name.
 
@@ -201,6 +203,7 @@ async def data_plane(
         mode=mode,
         certificates=("www",),
         profile=TlsProfile.INTERMEDIATE if tls else None,
+        client_certificates=None,
         timeouts=listener_timeouts,
         limits=listener_limits,
         proxy_protocol_from=(),
@@ -215,11 +218,15 @@ async def data_plane(
     pool = TestPool()
     runtime = ListenerRuntime(
         config,
-        tls=TlsContext([CERTIFICATE], alpn_protocols=config.alpn_protocols) if tls else None,
+        tls=TlsContext(
+            [CERTIFICATE], alpn_protocols=config.alpn_protocols, client_verification=client_verification
+        )
+        if tls
+        else None,
         signing_keys=cast("Mapping[str, SigningKey]", {"www": CERTIFICATE}),
         pool=cast("SignerPool", pool),
         upstreams=upstreams,
-        metrics=ListenerMetrics(store, "test", tls=tls),
+        metrics=ListenerMetrics(store, "test", tls=tls, asks_for_certificates=client_verification is not None),
     )
     for item in upstreams.values():
         await item.start()

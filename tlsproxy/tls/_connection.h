@@ -12,6 +12,8 @@
 #define TLS_TICKET_KEYS_MAX 16
 #define TLS_TICKET_NAME_BYTES 16
 #define TLS_TICKET_SECRET_BYTES 32
+#define TLS_CLIENT_VERIFIER_ID_BYTES 32
+#define TLS_CLIENT_CHAIN_MAX_BYTES 32768
 
 struct tls_ticket_key {
     unsigned char name[TLS_TICKET_NAME_BYTES];
@@ -51,6 +53,8 @@ enum tls_status {
     TLS_FAILED,           /* the connection is of no further use; the error queue and alerts say why */
 };
 
+enum tls_client_fault { TLS_CLIENT_NOT_AT_FAULT, TLS_CLIENT_WITHOUT_CERTIFICATE, TLS_CLIENT_REFUSED };
+
 struct tls_connection {
     SSL *ssl;
     const struct tls_settings *settings;
@@ -77,11 +81,24 @@ struct tls_connection {
  * queue says why). */
 int tls_library_init(void);
 
+/* How a listener verifies clients' certificates: by CAs and, if there are any, by CRLs of all of them. `depth` is how
+ * many CAs may stand between the client's and one that issued itself; `id` is a digest of all that is decided by. */
+struct tls_client_verifier *tls_client_verifier_new(int required, int depth, int64_t crls_expire,
+                                                    const unsigned char *id);
+
+/* Both take DER, and return 1, or 0 on failure (the error queue says why). */
+int tls_client_verifier_add_ca(struct tls_client_verifier *verifier, const unsigned char *der, size_t len);
+int tls_client_verifier_add_crl(struct tls_client_verifier *verifier, const unsigned char *der, size_t len);
+
+void tls_client_verifier_free(struct tls_client_verifier *verifier);
+
 /* A server context for one certificate chain (DER, leaf first) whose key the signer knows by `handle`, for protocol
  * versions TLS1_2_VERSION and TLS1_3_VERSION, or one of them. `schemes`: IANA names, with colons between, in order of
- * preference. NULL on failure (the error queue says why). */
+ * preference. Clients are asked for certificates if there is a `verifier`, which must outlive the context. NULL on
+ * failure (the error queue says why). */
 SSL_CTX *tls_context_new(const unsigned char *const *chain, const size_t *chain_len, size_t count, unsigned int handle,
-                         int min_version, int max_version, const char *schemes, const struct tls_settings *settings);
+                         int min_version, int max_version, const char *schemes, const struct tls_settings *settings,
+                         struct tls_client_verifier *verifier);
 
 /* Fills `connection`. Returns 1, or 0 when out of memory. */
 int tls_connection_init(struct tls_connection *connection, SSL_CTX *ctx, const struct tls_settings *settings);
@@ -94,6 +111,15 @@ enum tls_status tls_handshake(struct tls_connection *connection);
 
 /* Answers TLS_WANT_CERTIFICATE. Returns 1, or 0 when out of memory. */
 int tls_use_context(struct tls_connection *connection, SSL_CTX *ctx);
+
+/* After TLS_FAILED: whether it is for the client's certificate, and then why. `reason` is a constant text. */
+enum tls_client_fault tls_client_fault_of(const struct tls_connection *connection, const char **reason);
+
+/* The subject as RFC 4514 has it, all but printable ASCII escaped. Freed with OPENSSL_free; NULL when out of memory. */
+char *tls_subject(const X509 *certificate);
+
+/* The subject's first common name; returns its length, or less than 0 without one. Freed with OPENSSL_free. */
+int tls_common_name(const X509 *certificate, unsigned char **utf8);
 
 /* Frees the output: it was taken. */
 void tls_output_taken(struct tls_connection *connection);

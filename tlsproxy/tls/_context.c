@@ -3,6 +3,8 @@
 #include "_connection.h"
 #include "_internal.h"
 
+#include <string.h>
+
 #include <openssl/err.h>
 
 #ifdef __GLIBC__
@@ -27,7 +29,7 @@ int tls_library_init(void) {
     return hsm_library_context() != NULL && tls_callbacks_init() && tls_bio_init();
 }
 
-static X509 *certificate_from_der(const unsigned char *der, size_t len) {
+X509 *tls_certificate_from_der(const unsigned char *der, size_t len) {
     X509 *certificate = X509_new_ex(hsm_library_context(), TLS_PROPERTY_QUERY);
     if (certificate != NULL && d2i_X509(&certificate, &der, (long)len) == NULL)
         return NULL; /* d2i_X509 has freed it */
@@ -36,13 +38,13 @@ static X509 *certificate_from_der(const unsigned char *der, size_t len) {
 
 static int use_chain(SSL_CTX *ctx, const unsigned char *const *chain, const size_t *chain_len, size_t count,
                      unsigned int handle) {
-    X509 *leaf = certificate_from_der(chain[0], chain_len[0]);
+    X509 *leaf = tls_certificate_from_der(chain[0], chain_len[0]);
     EVP_PKEY *key = leaf == NULL ? NULL : hsm_private_key(leaf, handle);
     int ok = key != NULL && SSL_CTX_use_certificate(ctx, leaf) == 1 && SSL_CTX_use_PrivateKey(ctx, key) == 1;
     size_t i;
 
     for (i = 1; ok && i < count; i++) {
-        X509 *issuer = certificate_from_der(chain[i], chain_len[i]);
+        X509 *issuer = tls_certificate_from_der(chain[i], chain_len[i]);
         ok = issuer != NULL && SSL_CTX_add0_chain_cert(ctx, issuer) == 1;
         if (!ok)
             X509_free(issuer);
@@ -52,16 +54,27 @@ static int use_chain(SSL_CTX *ctx, const unsigned char *const *chain, const size
     return ok;
 }
 
-/* Tickets resume only under the certificate they were issued under: the context id is its digest. */
-static int bind_tickets(SSL_CTX *ctx, const unsigned char *leaf, size_t leaf_len) {
-    unsigned char digest[SSL_MAX_SID_CTX_LENGTH];
+/* Tickets resume only under the certificate they were issued under, and only where clients are verified just as they
+ * were there: the context id is a digest of both. */
+static int bind_tickets(SSL_CTX *ctx, const unsigned char *leaf, size_t leaf_len,
+                        const struct tls_client_verifier *verifier) {
+    unsigned char id[SSL_MAX_SID_CTX_LENGTH + TLS_CLIENT_VERIFIER_ID_BYTES];
     size_t len;
-    return EVP_Q_digest(hsm_library_context(), "SHA256", NULL, leaf, leaf_len, digest, &len) == 1 &&
-           SSL_CTX_set_session_id_context(ctx, digest, (unsigned int)len) == 1;
+
+    if (EVP_Q_digest(hsm_library_context(), "SHA256", NULL, leaf, leaf_len, id, &len) != 1)
+        return 0;
+    if (verifier != NULL) {
+        memcpy(id + len, tls_client_verifier_id(verifier), TLS_CLIENT_VERIFIER_ID_BYTES);
+        len += TLS_CLIENT_VERIFIER_ID_BYTES;
+        if (EVP_Q_digest(hsm_library_context(), "SHA256", NULL, id, len, id, &len) != 1)
+            return 0;
+    }
+    return SSL_CTX_set_session_id_context(ctx, id, (unsigned int)len) == 1;
 }
 
 SSL_CTX *tls_context_new(const unsigned char *const *chain, const size_t *chain_len, size_t count, unsigned int handle,
-                         int min_version, int max_version, const char *schemes, const struct tls_settings *settings) {
+                         int min_version, int max_version, const char *schemes, const struct tls_settings *settings,
+                         struct tls_client_verifier *verifier) {
     SSL_CTX *ctx;
 
     ERR_clear_error();
@@ -71,15 +84,17 @@ SSL_CTX *tls_context_new(const unsigned char *const *chain, const size_t *chain_
     SSL_CTX_set_security_level(ctx, SECURITY_LEVEL);
     SSL_CTX_set_options(ctx, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION | SSL_OP_CIPHER_SERVER_PREFERENCE |
                                  SSL_OP_PRIORITIZE_CHACHA);
-    SSL_CTX_set_mode(ctx, SSL_MODE_ASYNC | SSL_MODE_RELEASE_BUFFERS);
+    /* What we send is the chain as given, not completed with what clients are verified by. */
+    SSL_CTX_set_mode(ctx, SSL_MODE_ASYNC | SSL_MODE_RELEASE_BUFFERS | SSL_MODE_NO_AUTO_CHAIN);
     SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_OFF);
     tls_callbacks_install(ctx, settings);
     if (SSL_CTX_set_min_proto_version(ctx, min_version) == 1 && SSL_CTX_set_max_proto_version(ctx, max_version) == 1 &&
         SSL_CTX_set_ciphersuites(ctx, CIPHERS_TLS13) == 1 && SSL_CTX_set_cipher_list(ctx, CIPHERS_TLS12) == 1 &&
         SSL_CTX_set1_sigalgs_list(ctx, schemes) == 1 &&
         (SSL_CTX_set1_groups_list(ctx, "X25519MLKEM768:" GROUPS) == 1 || SSL_CTX_set1_groups_list(ctx, GROUPS) == 1) &&
-        SSL_CTX_set_num_tickets(ctx, 1) == 1 && bind_tickets(ctx, chain[0], chain_len[0]) &&
-        use_chain(ctx, chain, chain_len, count, handle)) {
+        SSL_CTX_set_num_tickets(ctx, 1) == 1 && bind_tickets(ctx, chain[0], chain_len[0], verifier) &&
+        use_chain(ctx, chain, chain_len, count, handle) &&
+        (verifier == NULL || tls_client_verifier_install(ctx, verifier))) {
         ERR_clear_error(); /* the probe for X25519MLKEM768 may have left one */
         return ctx;
     }

@@ -17,6 +17,10 @@ CLOSE_NOTIFY: int
 FAILED: int
 """The connection is of no further use: reason, alert_sent and alert_received say why."""
 
+CLIENT_NOT_AT_FAULT: int
+CLIENT_WITHOUT_CERTIFICATE: int
+CLIENT_REFUSED: int
+
 TLS1_2: int
 TLS1_3: int
 MAX_CHAIN: int
@@ -33,6 +37,22 @@ class Settings:
     def set_ticket_keys(self, keys: list[tuple[bytes, bytes, bytes]]) -> None:
         """Names, AES keys and HMAC keys (16, 32, 32 bytes); the first encrypts. Raises ValueError."""
 
+class ClientVerifier:
+    """How clients' certificates are verified: by `cas` and, if there are any, by `crls` of all of them (DER).
+
+    `depth` is how many CAs may stand between the client's certificate and a root; `crls_expire` is in seconds since the
+    epoch; `verifier_id` are 32 bytes that differ between all that decides. Raises OpenSSLError, ValueError."""
+
+    def __init__(
+        self,
+        required: bool,
+        depth: int,
+        crls_expire: int,
+        verifier_id: bytes,
+        cas: tuple[bytes, ...],
+        crls: tuple[bytes, ...],
+    ) -> None: ...
+
 class Context:
     """A certificate chain (DER, leaf first) whose key the signer knows by `handle`; `schemes` as IANA names, with
     colons between them, in order of preference. Raises OpenSSLError, ValueError."""
@@ -45,12 +65,15 @@ class Context:
         max_version: int,
         schemes: bytes,
         settings: Settings,
+        verifier: ClientVerifier | None,
     ) -> None: ...
 
 class Connection:
     """One server-side connection. Statuses are the module's constants. ValueError on any use after free()."""
 
     reason: str | None
+    client_fault: int
+    """After FAILED: CLIENT_NOT_AT_FAULT, or the handshake failed for what its certificate was, as `reason` says."""
     def __init__(self, context: Context) -> None: ...
     @property
     def input_bytes(self) -> int: ...
@@ -73,6 +96,8 @@ class Connection:
         """Resume the handshake with the signature, or without one: then it fails. Statuses as of handshake."""
     def session(self) -> tuple[str, str, str | None, bytes | None, bool]:
         """(TLS version, cipher, group, ALPN protocol, resumed) of the completed handshake."""
+    def client_certificate(self) -> tuple[bytes, str, str | None] | None:
+        """(DER, subject, its first common name) of the client's certificate; resumed handshakes have the first's."""
     def read(self) -> tuple[int, bytes]:
         """(OK, BUFFER_FULL, CLOSE_NOTIFY or FAILED; the plaintext)."""
     def write(self, plaintext: bytes) -> int:

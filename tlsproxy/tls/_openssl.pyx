@@ -8,6 +8,7 @@ calling thread, with the GIL; an object belongs to one thread.
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
+from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 
@@ -24,6 +25,7 @@ cdef extern from "openssl/async.h":
 cdef extern from "openssl/crypto.h":
     const char *OpenSSL_version(int kind)
     void OPENSSL_cleanse(void *data, size_t len)
+    void OPENSSL_free(void *data)
     const int OPENSSL_VERSION
 
 
@@ -43,8 +45,14 @@ cdef extern from "openssl/ssl.h":
     int SSL_get_negotiated_group(SSL *ssl)
     const char *SSL_group_to_name(SSL *ssl, int group)
     void SSL_get0_alpn_selected(const SSL *ssl, const unsigned char **data, unsigned int *len)
+    X509 *SSL_get0_peer_certificate(const SSL *ssl)
     const int TLS1_2_VERSION
     const int TLS1_3_VERSION
+
+
+cdef extern from "openssl/x509.h":
+    ctypedef struct X509
+    int i2d_X509(const X509 *certificate, unsigned char **der)
 
 
 cdef extern from "_provider.h":
@@ -69,6 +77,7 @@ cdef extern from "_connection.h":
     const int TLS_TICKET_NAME_BYTES
     const int TLS_TICKET_SECRET_BYTES
     const int TLS_HELLO_FIELDS
+    const int TLS_CLIENT_VERIFIER_ID_BYTES
     enum tls_status:
         TLS_OK
         TLS_WANT_DATA
@@ -77,6 +86,12 @@ cdef extern from "_connection.h":
         TLS_BUFFER_FULL
         TLS_CLOSE_NOTIFY
         TLS_FAILED
+    enum tls_client_fault:
+        TLS_CLIENT_NOT_AT_FAULT
+        TLS_CLIENT_WITHOUT_CERTIFICATE
+        TLS_CLIENT_REFUSED
+    struct tls_client_verifier:
+        pass
     struct tls_ticket_key:
         unsigned char *name
         unsigned char *aes
@@ -101,9 +116,13 @@ cdef extern from "_connection.h":
         int alert_received
         bint flooded
     int tls_library_init()
+    tls_client_verifier *tls_client_verifier_new(int required, int depth, int64_t crls_expire, const unsigned char *id)
+    int tls_client_verifier_add_ca(tls_client_verifier *verifier, const unsigned char *der, size_t len)
+    int tls_client_verifier_add_crl(tls_client_verifier *verifier, const unsigned char *der, size_t len)
+    void tls_client_verifier_free(tls_client_verifier *verifier)
     SSL_CTX *tls_context_new(const unsigned char *const *chain, const size_t *chain_len, size_t count,
                              unsigned int handle, int min_version, int max_version, const char *schemes,
-                             const tls_settings *settings)
+                             const tls_settings *settings, tls_client_verifier *verifier)
     int tls_connection_init(tls_connection *connection, SSL_CTX *ctx, const tls_settings *settings)
     void tls_connection_free(tls_connection *connection)
     tls_status tls_handshake(tls_connection *connection)
@@ -111,6 +130,9 @@ cdef extern from "_connection.h":
     tls_status tls_read(tls_connection *connection, unsigned char *plaintext, size_t size, size_t *len)
     tls_status tls_write(tls_connection *connection, const unsigned char *plaintext, size_t len)
     tls_status tls_close(tls_connection *connection)
+    tls_client_fault tls_client_fault_of(const tls_connection *connection, const char **reason)
+    char *tls_subject(const X509 *certificate)
+    int tls_common_name(const X509 *certificate, unsigned char **utf8)
     void tls_output_taken(tls_connection *connection)
 
 
@@ -121,6 +143,10 @@ WANT_SIGNATURE = TLS_WANT_SIGNATURE
 BUFFER_FULL = TLS_BUFFER_FULL
 CLOSE_NOTIFY = TLS_CLOSE_NOTIFY
 FAILED = TLS_FAILED
+
+CLIENT_NOT_AT_FAULT = TLS_CLIENT_NOT_AT_FAULT
+CLIENT_WITHOUT_CERTIFICATE = TLS_CLIENT_WITHOUT_CERTIFICATE
+CLIENT_REFUSED = TLS_CLIENT_REFUSED
 
 TLS1_2 = TLS1_2_VERSION
 TLS1_3 = TLS1_3_VERSION
@@ -194,11 +220,39 @@ cdef class Settings:
         self._forget_ticket_keys()
 
 
+cdef class ClientVerifier:
+    cdef tls_client_verifier *_verifier
+
+    def __init__(self, bint required, int depth, int64_t crls_expire, bytes verifier_id not None, tuple cas, tuple crls):
+        cdef bytes der
+        if len(verifier_id) != TLS_CLIENT_VERIFIER_ID_BYTES:
+            raise ValueError(f"an id of {TLS_CLIENT_VERIFIER_ID_BYTES} bytes expected; got {len(verifier_id)}")
+        self._verifier = tls_client_verifier_new(
+            required, depth, crls_expire, <const unsigned char *>PyBytes_AS_STRING(verifier_id)
+        )
+        if self._verifier == NULL:
+            raise MemoryError("no memory for a verifier of clients")
+        for der in cas:
+            if not tls_client_verifier_add_ca(
+                self._verifier, <const unsigned char *>PyBytes_AS_STRING(der), <size_t>PyBytes_GET_SIZE(der)
+            ):
+                raise OpenSSLError(take_reason())
+        for der in crls:
+            if not tls_client_verifier_add_crl(
+                self._verifier, <const unsigned char *>PyBytes_AS_STRING(der), <size_t>PyBytes_GET_SIZE(der)
+            ):
+                raise OpenSSLError(take_reason())
+
+    def __dealloc__(self):
+        tls_client_verifier_free(self._verifier)
+
+
 # no_gc: what these two hold cannot form cycles, and must outlive the C structures that point into it.
 @cython.no_gc
 cdef class Context:
     cdef SSL_CTX *_ctx
     cdef Settings _settings
+    cdef ClientVerifier _verifier
 
     def __init__(
         self,
@@ -208,6 +262,7 @@ cdef class Context:
         int max_version,
         bytes schemes not None,
         Settings settings not None,
+        ClientVerifier verifier,
     ):
         cdef const unsigned char *pointers[CHAIN_MAX]
         cdef size_t lengths[CHAIN_MAX]
@@ -220,8 +275,17 @@ cdef class Context:
             lengths[count] = <size_t>PyBytes_GET_SIZE(certificate)
             count += 1
         self._settings = settings
+        self._verifier = verifier
         self._ctx = tls_context_new(
-            pointers, lengths, count, handle, min_version, max_version, PyBytes_AS_STRING(schemes), &settings._settings
+            pointers,
+            lengths,
+            count,
+            handle,
+            min_version,
+            max_version,
+            PyBytes_AS_STRING(schemes),
+            &settings._settings,
+            NULL if verifier is None else verifier._verifier,
         )
         if self._ctx == NULL:
             raise OpenSSLError(take_reason())
@@ -234,11 +298,14 @@ cdef class Context:
 cdef class Connection:
     cdef tls_connection _connection
     cdef Settings _settings
+    cdef ClientVerifier _verifier
     cdef bytes _input
     cdef readonly str reason
+    cdef readonly int client_fault
 
     def __cinit__(self, Context context not None):
         self._settings = context._settings
+        self._verifier = context._verifier
         if not tls_connection_init(&self._connection, context._ctx, &context._settings._settings):
             raise MemoryError("no memory for a TLS connection")
 
@@ -270,8 +337,13 @@ cdef class Connection:
         self._connection.input_len = <size_t>PyBytes_GET_SIZE(data)
 
     cdef int _ended(self, tls_status status):
+        cdef const char *reason
         if status == TLS_FAILED:
-            self.reason = "too many handshake messages" if self._connection.flooded else take_reason()
+            self.client_fault = tls_client_fault_of(&self._connection, &reason)
+            if self.client_fault != TLS_CLIENT_NOT_AT_FAULT:
+                self.reason = reason.decode("ascii", "replace")
+            else:
+                self.reason = "too many handshake messages" if self._connection.flooded else take_reason()
         if self._connection.input_len == 0:
             self._input = None
         return status
@@ -330,6 +402,30 @@ cdef class Connection:
             (<const char *>alpn)[:alpn_len] if alpn_len else None,
             SSL_session_reused(ssl) == 1,
         )
+
+    def client_certificate(self):
+        cdef X509 *certificate = SSL_get0_peer_certificate(self._live())
+        cdef unsigned char *der = NULL
+        cdef unsigned char *common_name = NULL
+        cdef char *subject = NULL
+        cdef int der_len, common_name_len
+        if certificate == NULL:
+            return None
+        try:
+            der_len = i2d_X509(certificate, &der)
+            subject = tls_subject(certificate)
+            if der_len < 0 or subject == NULL:
+                raise MemoryError("no memory for a client's certificate")
+            common_name_len = tls_common_name(certificate, &common_name)
+            return (
+                (<const char *>der)[:der_len],
+                subject.decode("ascii"),
+                None if common_name_len < 0 else (<const char *>common_name)[:common_name_len].decode("utf-8", "replace"),
+            )
+        finally:
+            OPENSSL_free(der)
+            OPENSSL_free(subject)
+            OPENSSL_free(common_name)
 
     def read(self):
         cdef size_t size, length

@@ -63,19 +63,13 @@ def load_chain(name: str, pem: bytes, source: str) -> Certificate:
 
     `source` names the text in errors, usually its path. Raises CertificateError.
     """
-    if b"PRIVATE KEY-----" in pem:
-        raise CertificateError(
-            source, "certificates only expected; got a private key as well: keys belong in the token, never in a file"
-        )
-    if b"-----BEGIN CERTIFICATE-----" not in pem:
-        raise CertificateError(source, "PEM certificates expected; got none")
+    chain = load_pem_certificates(pem, source)
+    leaf = chain[0]
     try:
-        chain = x509.load_pem_x509_certificates(pem)
-        leaf = chain[0]
         key_type = _key_type(leaf, source)
         dns_names = _dns_names(leaf)
     except ValueError as error:
-        raise CertificateError(source, f"PEM certificates expected; got malformed ones: {_first_line(error)}") from None
+        raise malformed("certificates", error, source) from None
     if len(chain) > _openssl.MAX_CHAIN:
         raise CertificateError(source, f"at most {_openssl.MAX_CHAIN} certificates expected; got {len(chain)}")
     _check_order(chain, source)
@@ -89,6 +83,35 @@ def load_chain(name: str, pem: bytes, source: str) -> Certificate:
         public_key=leaf.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
         schemes=key_type.schemes,
     )
+
+
+def load_pem_certificates(pem: bytes, source: str) -> list[x509.Certificate]:
+    """Return the certificates in PEM text, one at least. Raises CertificateError."""
+    if b"PRIVATE KEY-----" in pem:
+        raise CertificateError(
+            source, "certificates only expected; got a private key as well: keys belong in the token, never in a file"
+        )
+    if b"-----BEGIN CERTIFICATE-----" not in pem:
+        raise CertificateError(source, "PEM certificates expected; got none")
+    try:
+        return x509.load_pem_x509_certificates(pem)
+    except ValueError as error:
+        raise malformed("certificates", error, source) from None
+
+
+def malformed(what: str, error: ValueError, source: str) -> CertificateError:
+    """Return the error that PEM text deserves whose content cannot be read."""
+    reason = str(error).partition("\n")[0]
+    return CertificateError(source, f"PEM {what} expected; got malformed ones: {reason}")
+
+
+def is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    """Tell whether `issuer` is named in the certificate and has signed it."""
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def _key_type(leaf: x509.Certificate, source: str) -> KeyType:
@@ -119,22 +142,10 @@ def _dns_names(leaf: x509.Certificate) -> tuple[str, ...]:
 
 def _check_order(chain: list[x509.Certificate], source: str) -> None:
     for position, (certificate, issuer) in enumerate(itertools.pairwise(chain), start=1):
-        if not _is_issued_by(certificate, issuer):
+        if not is_issued_by(certificate, issuer):
             raise CertificateError(
                 source,
                 f"each certificate must be issued by the next, leaf first; number {position} "
                 f"({certificate.subject.rfc4514_string()}) is not issued by number {position + 1} "
                 f"({issuer.subject.rfc4514_string()})",
             )
-
-
-def _is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from hsm.messages import SignatureScheme
 from tlsproxy.tls import _openssl
 from tlsproxy.tls.certificates import Certificate, CertificateError
+from tlsproxy.tls.client_certificates import ClientVerification
 from tlsproxy.tls.client_hello import ClientHelloFields, parse_client_hello
 from tlsproxy.tls.engine import TlsConnection
 from tlsproxy.tls.events import ClientHelloReceived
@@ -63,7 +64,8 @@ class TlsContext:
     """Makes the connections of one listener.
 
     `certificates` in order of preference; clients are served by name and by what they can verify. `alpn_protocols` in
-    order of preference; with none, the client's ALPN extension is ignored. Tickets start with a random key.
+    order of preference; with none, the client's ALPN extension is ignored. Clients are asked for certificates if
+    `client_verification` says how to verify them. Tickets start with a random key.
     """
 
     def __init__(
@@ -72,21 +74,24 @@ class TlsContext:
         *,
         profile: TlsProfile = TlsProfile.INTERMEDIATE,
         alpn_protocols: Sequence[bytes] = (b"http/1.1",),
+        client_verification: ClientVerification | None = None,
     ) -> None:
-        """Raises CertificateError for a chain OpenSSL refuses, ValueError for bad protocols or names."""
+        """Raises CertificateError for a chain or CA OpenSSL refuses, ValueError for bad protocols or names."""
         if not certificates or len({certificate.name for certificate in certificates}) != len(certificates):
             raise ValueError(f"certificates of different names expected; got {[c.name for c in certificates]}")
         for protocol in alpn_protocols:
             if not 1 <= len(protocol) <= _MAX_ALPN_BYTES:
                 raise ValueError(f"ALPN protocols of 1 to {_MAX_ALPN_BYTES} bytes expected; got {protocol!r}")
         self.certificates = tuple(certificates)
+        self.asks_for_certificates = client_verification is not None
         self._selector = CertificateSelector(self.certificates)
         self._remembered_choice = functools.lru_cache(_CHOICES_KEPT)(self._choose)
         wire_format = b"".join(bytes([len(protocol)]) + protocol for protocol in alpn_protocols)
         self._settings = _openssl.Settings(wire_format)
         self.set_ticket_keys([TicketKey.generate()])
+        verifier = None if client_verification is None else client_verification.verifier("client certificates")
         self._contexts = {
-            certificate.name: _openssl_context(certificate, handle, profile, self._settings)
+            certificate.name: _openssl_context(certificate, handle, profile, self._settings, verifier)
             for handle, certificate in enumerate(self.certificates)
         }
 
@@ -121,7 +126,11 @@ class TlsContext:
 
 
 def _openssl_context(
-    certificate: Certificate, handle: int, profile: TlsProfile, settings: _openssl.Settings
+    certificate: Certificate,
+    handle: int,
+    profile: TlsProfile,
+    settings: _openssl.Settings,
+    verifier: _openssl.ClientVerifier | None,
 ) -> _openssl.Context:
     min_version = _openssl.TLS1_3 if profile is TlsProfile.MODERN else _openssl.TLS1_2
     # A token without RSA-PSS, as many a TPM is, cannot sign for TLS 1.3: that certificate's clients get TLS 1.2.
@@ -132,6 +141,8 @@ def _openssl_context(
         )
     schemes = ":".join(scheme.label for scheme in _SCHEME_PREFERENCE if scheme in certificate.schemes)
     try:
-        return _openssl.Context(certificate.chain, handle, min_version, max_version, schemes.encode(), settings)
+        return _openssl.Context(
+            certificate.chain, handle, min_version, max_version, schemes.encode(), settings, verifier
+        )
     except _openssl.OpenSSLError as error:
         raise CertificateError(certificate.name, f"OpenSSL refuses the chain: {error}") from None

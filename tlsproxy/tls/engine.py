@@ -13,12 +13,14 @@ private-key signature is the caller's part: SignatureNeeded suspends the handsha
 from __future__ import annotations
 
 import enum
+import hashlib
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from hsm.messages import SignatureScheme
 from tlsproxy.tls import _openssl
 from tlsproxy.tls.certificates import Certificate
+from tlsproxy.tls.client_certificates import ClientCertificate, ClientResult
 from tlsproxy.tls.errors import (
     ConnectionClosedError,
     HandshakeIncompleteError,
@@ -49,6 +51,10 @@ _JOIN_BYTES = 16 * 1024
 _SCHEMES: Final = {scheme.value: scheme for scheme in SignatureScheme}
 _RSA_SCHEMES: Final = frozenset(scheme for scheme in SignatureScheme if scheme.label.startswith("rsa"))
 _CLIENT_LEFT = "the client closed the connection"
+_CLIENT_RESULTS: Final = {
+    _openssl.CLIENT_WITHOUT_CERTIFICATE: ClientResult.MISSING,
+    _openssl.CLIENT_REFUSED: ClientResult.REFUSED,
+}
 
 live_jobs = _openssl.live_jobs
 """Return the number of handshakes suspended in this process."""
@@ -229,7 +235,7 @@ class TlsConnection:
             if self._ssl.input_bytes:
                 self._decrypt(events)
         elif status == _openssl.FAILED:
-            events.append(self._handshake_failed(self._ssl.reason or ""))
+            events.append(self._handshake_refused())
         elif status == _openssl.CLOSE_NOTIFY:
             events.append(self._handshake_failed(_CLIENT_LEFT))
         elif self._handshake_bytes > MAX_HANDSHAKE_BYTES:
@@ -255,9 +261,17 @@ class TlsConnection:
         self._state = State.ESTABLISHED
         tls_version, cipher, group, alpn, resumed = self._ssl.session()
         server_name = None if self._client_hello is None else self._client_hello.server_name
+        client_certificate = self._client_certificate() if self._context.asks_for_certificates else None
         return HandshakeComplete(
-            tls_version, cipher, group, self._scheme, alpn, resumed, server_name, self._certificate
+            tls_version, cipher, group, self._scheme, alpn, resumed, server_name, self._certificate, client_certificate
         )
+
+    def _client_certificate(self) -> ClientCertificate | None:
+        found = self._ssl.client_certificate()
+        if found is None:
+            return None
+        der, subject, common_name = found
+        return ClientCertificate(der, hashlib.sha256(der).hexdigest(), subject, common_name)
 
     def _decrypt(self, events: list[Event]) -> None:
         status = _openssl.BUFFER_FULL
@@ -272,6 +286,15 @@ class TlsConnection:
                 self._end(State.CLOSED)
         elif status == _openssl.FAILED:
             events.append(self._connection_failed(self._ssl.reason or ""))
+
+    def _handshake_refused(self) -> HandshakeFailed:
+        """OpenSSL has ended the handshake."""
+        reason = self._ssl.reason or ""
+        client_result = _CLIENT_RESULTS.get(self._ssl.client_fault)
+        self._end(State.CLOSED)
+        if client_result is not None:
+            reason = f"client certificate: {reason}"
+        return HandshakeFailed(self._ssl.alert_sent, self._ssl.alert_received, reason, client_result)
 
     def _handshake_failed(self, reason: str) -> HandshakeFailed:
         self._end(State.CLOSED)

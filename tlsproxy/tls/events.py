@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 from hsm.messages import SignatureScheme
 from tlsproxy.tls.certificates import Certificate
+from tlsproxy.tls.client_certificates import ClientCertificate, ClientResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ class HandshakeComplete(NamedTuple):
     resumed: bool
     server_name: str | None
     certificate: Certificate
+    client_certificate: ClientCertificate | None = None
+    """None when the client has none, or was not asked for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ class HandshakeFailed:
     """Alert description, RFC 8446 section 6."""
     alert_received: int | None
     reason: str
+    client_result: ClientResult | None = None
+    """MISSING or REFUSED, if it failed for the client's certificate."""
 
 
 @dataclass(frozen=True, slots=True)
