@@ -21,6 +21,7 @@ echo "== unit tests"
 mkdir -p "$build/tests/unit"
 cp -r pyproject.toml hsm tlsproxy "$build"
 cp -r tests/unit/tls "$build/tests/unit"
+cp tests/client_cas.py "$build/tests"
 find "$build" -name '*.so' -delete
 "$python" -m cython -3 "$build/tlsproxy/tls/_openssl.pyx" -o "$build/_openssl.c"
 include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')

@@ -72,7 +72,7 @@ struct tls_connection {
     unsigned int hello_version; /* legacy_version */
 
     int alert_sent, alert_received; /* fatal ones; -1: none */
-    int signing; /* a job has paused for the signature, and is not left yet */
+    int signing;                    /* a job has paused for the signature, and is not left yet */
     int established, flooded;
     uint64_t plaintext_bytes, post_handshake_messages; /* received since the handshake */
 };
