@@ -24,7 +24,7 @@ from tlsproxy import demo, top
 from tlsproxy.config_yaml import load_config, load_runtime_dir
 from tlsproxy.errors import ConfigError, StartupError
 from tlsproxy.serve.command_socket import send_command
-from tlsproxy.serve.materials import check_tokens, load_materials
+from tlsproxy.serve.materials import check_materials, load_materials
 from tlsproxy.serve.runtime_directory import COMMAND_SOCKET
 from tlsproxy.serve.service_manager import passed_sockets
 from tlsproxy.serve.sockets import expect_wanted
@@ -139,7 +139,7 @@ def _operate(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     config = load_config(options.config)
-    check_tokens(config, load_materials(config))
+    check_materials(config, load_materials(config))
     print(f"{options.config}: sound")
     return 0
 

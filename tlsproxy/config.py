@@ -165,6 +165,28 @@ class TlsProfile(str, enum.Enum):
     INTERMEDIATE = "intermediate"
 
 
+class ClientVerify(str, enum.Enum):
+    """Who is served by a listener that asks its clients for certificates."""
+
+    REQUIRED = "required"
+    """Who shows a good one."""
+    OPTIONAL = "optional"
+    """Who shows a good one, or none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientCertificatesConfig:
+    """How a listener's clients are verified."""
+
+    verify: ClientVerify
+    ca_file: Path
+    crl_file: Path | None
+    """None: nothing is revoked."""
+    depth: int
+    """How many CAs may stand between a client's certificate and the root."""
+    origin: Origin
+
+
 @dataclass(frozen=True, slots=True)
 class ListenerTimeouts:
     """Seconds a client may take."""
@@ -252,6 +274,8 @@ class ListenerConfig:
     mode: ListenerMode
     profile: TlsProfile | None
     """None: no TLS (`tls: off`)."""
+    client_certificates: ClientCertificatesConfig | None
+    """None: clients are not asked for certificates."""
     certificates: tuple[str, ...]
     timeouts: ListenerTimeouts
     limits: ListenerLimits
@@ -435,7 +459,7 @@ class Config:
     hsm_user: str | None
     """Whom HSM workers run as, likewise."""
     watch_certificates: bool
-    """Chain files and soft tokens that have changed come into force by themselves."""
+    """Files of certificates, CAs and CRLs and soft tokens that have changed come into force by themselves."""
     hang_timeout_s: float
     """A worker process that gives no sign of life for so long is killed and replaced."""
     log: LogConfig

@@ -73,6 +73,27 @@ CERTIFICATE_NOT_AFTER = Family(
     ("certificate",),
     merge=Merge.MIN,
 )
+CLIENT_CERTIFICATES = Family(
+    "tlsproxy_client_certificates_total",
+    Kind.COUNTER,
+    "Handshakes that asked for the client's certificate, by what came: verified (resumed sessions included), missing "
+    "or refused.",
+    ("listener", "result"),
+)
+CLIENT_CA_NOT_AFTER = Family(
+    "tlsproxy_client_ca_not_after_timestamp_seconds",
+    Kind.GAUGE,
+    "When the first of the CAs expires that a listener verifies its clients by, in seconds since the epoch.",
+    ("listener",),
+    merge=Merge.MIN,
+)
+CLIENT_CRL_NEXT_UPDATE = Family(
+    "tlsproxy_client_crl_next_update_timestamp_seconds",
+    Kind.GAUGE,
+    "When the first of a listener's CRLs expires, in seconds since the epoch: from then on clients are refused.",
+    ("listener",),
+    merge=Merge.MIN,
+)
 
 # Connections
 
@@ -214,6 +235,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
         HANDSHAKES_IN_FLIGHT,
         TLS_NEGOTIATED,
         CERTIFICATE_NOT_AFTER,
+        CLIENT_CERTIFICATES,
+        CLIENT_CA_NOT_AFTER,
+        CLIENT_CRL_NEXT_UPDATE,
         CONNECTIONS,
         CONNECTIONS_ACCEPTED,
         CONNECTIONS_REFUSED,

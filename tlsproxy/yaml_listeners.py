@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Set
+from pathlib import Path
 
 from tlsproxy.config import (
+    ClientCertificatesConfig,
+    ClientVerify,
     HeaderRules,
     HstsConfig,
     ListenerConfig,
@@ -38,6 +41,8 @@ _FRAMING = frozenset(
 """Fields that say how a message is delimited or what happens on one hop: never anyone's but the proxy's."""
 _ORIGIN_FIELDS = frozenset(
     (
+        "client-cert",
+        "client-cert-chain",
         "forwarded",
         "via",
         "x-forwarded-for",
@@ -51,6 +56,8 @@ _ORIGIN_FIELDS = frozenset(
 """Fields of requests that the proxy writes itself, of what it knows or of what a trusted proxy says."""
 _NO_RULES = HeaderRules((), (), ())
 _MAX_BODY_BYTES = 1 << 50
+_MAX_CLIENT_CAS = 16
+"""Between a client's certificate and the root."""
 _DAY_S = 86400.0
 
 
@@ -58,8 +65,8 @@ def read_listener(value: Value) -> ListenerConfig:
     """Return one listener."""
     reader = value.mapping()
     mode = reader.optional("mode", lambda item: item.choice(ListenerMode), ListenerMode.HTTP)
-    profile: TlsProfile | None = TlsProfile.INTERMEDIATE
-    profile = reader.optional("tls", _tls, profile)
+    with_tls: tuple[TlsProfile | None, ClientCertificatesConfig | None] = (TlsProfile.INTERMEDIATE, None)
+    profile, client_certificates = reader.optional("tls", _tls, with_tls)
     certificates: tuple[str, ...] = ()
     if profile is not None:
         certificates = reader.required("certificates", lambda item: item.each(read_name, at_least=1), ())
@@ -82,6 +89,7 @@ def read_listener(value: Value) -> ListenerConfig:
         address=reader.required("address", read_listen_address, NOWHERE),
         mode=mode,
         profile=profile,
+        client_certificates=client_certificates,
         certificates=certificates,
         timeouts=timeouts,
         limits=limits,
@@ -97,13 +105,27 @@ def read_listener(value: Value) -> ListenerConfig:
     return result
 
 
-def _tls(value: Value) -> TlsProfile | None:
+def _tls(value: Value) -> tuple[TlsProfile | None, ClientCertificatesConfig | None]:
     if value.scalar_is("off"):
-        return None
+        return None, None
     reader = value.mapping("a mapping or off")
     profile = reader.optional("profile", lambda item: item.choice(TlsProfile), TlsProfile.INTERMEDIATE)
+    client_certificates = reader.optional("client_certificates", _client_certificates, None)
     reader.finish()
-    return profile
+    return profile, client_certificates
+
+
+def _client_certificates(value: Value) -> ClientCertificatesConfig:
+    reader = value.mapping()
+    client_certificates = ClientCertificatesConfig(
+        verify=reader.optional("verify", lambda item: item.choice(ClientVerify), ClientVerify.REQUIRED),
+        ca_file=reader.required("ca_file", Value.path_name, Path()),
+        crl_file=reader.optional("crl_file", Value.path_name, None),
+        depth=reader.optional("depth", lambda item: item.integer(0, _MAX_CLIENT_CAS), 1),
+        origin=value.origin,
+    )
+    reader.finish()
+    return client_certificates
 
 
 def _no_http2(value: Value) -> bool:

@@ -80,7 +80,7 @@ async def test_a_token_that_is_away_costs_a_warning_while_another_has_the_key(
     config.runtime_dir.mkdir(mode=0o700)
     monkeypatch.setattr(tokens, "READY_TIMEOUT_S", 2.0)
     async with TokenGroups(config) as groups:
-        await groups.wait_ready(load_materials(config))
+        await groups.wait_ready(load_materials(config).certificates)
     (warning,) = [record for record in caplog.records if record.message == "starting without a token"]
     assert "token b" in vars(warning)["reason"]
     assert "CKR_DEVICE_REMOVED" in vars(warning)["reason"]
@@ -97,7 +97,7 @@ async def test_a_certificate_whose_tokens_are_all_away_keeps_it_from_starting(
     monkeypatch.setattr(tokens, "READY_TIMEOUT_S", 2.0)
     async with TokenGroups(config) as groups:
         with pytest.raises(StartupError, match=r"'rsa': none of its tokens is ready: .*CKR_DEVICE_REMOVED"):
-            await groups.wait_ready(load_materials(config))
+            await groups.wait_ready(load_materials(config).certificates)
 
 
 async def test_at_a_reload_every_new_token_must_open_and_the_others_are_left_alone(
@@ -109,12 +109,12 @@ async def test_at_a_reload_every_new_token_must_open_and_the_others_are_left_alo
     one.runtime_dir.mkdir(mode=0o700)
     monkeypatch.setattr(tokens, "READY_TIMEOUT_S", 2.0)
     async with TokenGroups(one) as present:
-        await present.wait_ready(load_materials(one))
+        await present.wait_ready(load_materials(one).certificates)
         faulty["b"].faults.fail(CKR_DEVICE_REMOVED, On.ALL)
         new = TokenGroups(both, present)
         new.start()
         with pytest.raises(StartupError, match=r"token b: .*CKR_DEVICE_REMOVED"):
-            await new.wait_ready(load_materials(both), all_new=True)
+            await new.wait_ready(load_materials(both).certificates, all_new=True)
         await new.stop(keep=[present])
         assert new.endpoints[0] == present.endpoints[0]
         async with SignerPool(present.endpoints) as pool:

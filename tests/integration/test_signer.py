@@ -103,7 +103,7 @@ async def site(directory: Path, sign_deadline: str = "30s") -> AsyncIterator[Sit
         raw = site_config(directory, KEYS, f"127.0.0.1:{upstream.port}", log={"level": "error"})
         raw["hsm"]["sign_deadline"] = sign_deadline
         config = load_config(str(write_config(directory, raw)))
-        chains = {name: material.pem for name, material in load_materials(config).items()}
+        chains = {name: material.pem for name, material in load_materials(config).certificates.items()}
         path = directory / "fake.sock"
         signer = await stack.enter_async_context(FakeWorker(path, token.private_keys, token="local", window=WINDOW))
         keys = (TicketKey.generate(),)
@@ -112,7 +112,7 @@ async def site(directory: Path, sign_deadline: str = "30s") -> AsyncIterator[Sit
         def spec(worker: ProxyWorker) -> ProxyWorkerSpec:
             fds = tuple(tuple(listener.fileno() for listener in group) for group in worker.listeners)
             endpoints = (TokenEndpoints("local", (str(path),)),)
-            return ProxyWorkerSpec(0, config, chains, fds, endpoints, worker.metrics_fd, (), keys)
+            return ProxyWorkerSpec(0, config, chains, {}, fds, endpoints, worker.metrics_fd, (), keys)
 
         stack.callback(listening.close)
         process = ProxyWorker(0, [[listening]], spec, os.environ, lambda: None, config.hang_timeout_s)

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hsm.pool import TokenEndpoints
-from tlsproxy.config import Config
+from tlsproxy.config import Address, Config
 from tlsproxy.serve.anatomy import SlowHandshake
+from tlsproxy.tls.client_authorities import ClientAuthorities
 from tlsproxy.tls.context import TicketKey
 
 MAX_STATUS_BYTES = 4096
@@ -34,6 +35,8 @@ class ProxyWorkerSpec:
     config: Config
     chains: Mapping[str, bytes] = field(repr=False)
     """PEM text by certificate name: read by the supervisor, so that all workers serve the same."""
+    client_authorities: Mapping[Address, ClientAuthorities]
+    """By the address of the listener that verifies its clients by them."""
     listener_fds: tuple[tuple[int, ...], ...]
     """For each of `config.listeners` the listening sockets to accept on, inherited."""
     tokens: tuple[TokenEndpoints, ...]

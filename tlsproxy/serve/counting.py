@@ -10,6 +10,7 @@ from hsm.errors import DeadlineExceeded, Overloaded, PolicyRejected
 from hsm.metricstore import Histogram, MetricStore
 from tlsproxy import metrics
 from tlsproxy.serve.anatomy import PHASES, HandshakePhases, SlowestHandshakes, SlowHandshake
+from tlsproxy.tls.client_certificates import ClientResult
 from tlsproxy.tls.events import HandshakeComplete
 
 _KNOWN_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"))
@@ -37,7 +38,7 @@ def sign_failure_result(error: BaseException) -> str:
 class ListenerMetrics:
     """The metrics of one listener in this process."""
 
-    def __init__(self, store: MetricStore, listener: str, *, tls: bool) -> None:
+    def __init__(self, store: MetricStore, listener: str, *, tls: bool, asks_for_certificates: bool = False) -> None:
         """Register them in `store`, with the address of the listener as label; `tls`: it has handshakes."""
         self._store = store
         self._listener = listener
@@ -52,6 +53,10 @@ class ListenerMetrics:
         self.slowest = SlowestHandshakes()
         self._kinds: dict[tuple[object, ...], _HandshakeKind] = {}
         self._requests: dict[tuple[str, bytes, int], tuple[int, Histogram]] = {}
+        self._clients = {
+            result: store.counter(metrics.CLIENT_CERTIFICATES, (listener, result.value))
+            for result in (ClientResult if asks_for_certificates else ())
+        }
         self._register_events(tls=tls)
 
     def _register_events(self, *, tls: bool) -> None:
@@ -69,6 +74,10 @@ class ListenerMetrics:
         """Count a connection closed at once because `limit` was reached."""
         self.values[self._store.counter(metrics.CONNECTIONS_REFUSED, (self._listener, limit))] += 1.0
 
+    def count_client_certificate(self, result: ClientResult) -> None:
+        """Count what became of a client's certificate, where clients are asked for one."""
+        self.values[self._clients[result]] += 1.0
+
     def count_failed_handshake(self, result: str) -> None:
         """Count a handshake that ended without success."""
         self.values[self._store.counter(metrics.HANDSHAKES, (self._listener, result, "false", ""))] += 1.0
@@ -81,6 +90,9 @@ class ListenerMetrics:
         values[kind.handshakes] += 1.0
         values[kind.negotiated] += 1.0
         kind.duration.observe(duration_s)
+        if self._clients:
+            verified = complete.client_certificate is not None
+            self.count_client_certificate(ClientResult.VERIFIED if verified else ClientResult.MISSING)
 
     def observe_phases(
         self, complete: HandshakeComplete, duration_s: float, phases: HandshakePhases, token: str

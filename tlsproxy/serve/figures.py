@@ -120,7 +120,7 @@ class Figures:
                     material.config.tokens,
                     material.certificate.not_after,
                 )
-                for name, material in current.materials.items()
+                for name, material in current.materials.certificates.items()
             ),
             listeners=tuple(
                 _listener_view(str(listener.address), lately.now.merged) for listener in current.config.listeners

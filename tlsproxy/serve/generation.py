@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -20,11 +20,12 @@ from tlsproxy import metrics
 from tlsproxy.config import Config
 from tlsproxy.errors import StartupError
 from tlsproxy.serve.control import Command, ProxyWorkerSpec
-from tlsproxy.serve.materials import Material
+from tlsproxy.serve.materials import Materials
 from tlsproxy.serve.processes import ProxyWorker
 from tlsproxy.serve.sockets import ListeningSockets, open_sockets
 from tlsproxy.serve.tokens import TokenGroups
 from tlsproxy.serve.users import identity
+from tlsproxy.tls.client_authorities import ClientAuthorities
 from tlsproxy.tls.context import TicketKey
 
 _STORE_SLOTS = 2048
@@ -53,7 +54,7 @@ class Generation:
     def __init__(
         self,
         config: Config,
-        materials: Mapping[str, Material],
+        materials: Materials,
         sockets: ListeningSockets,
         tokens: TokenGroups,
         host: Host,
@@ -105,7 +106,8 @@ class Generation:
         return ProxyWorkerSpec(
             index=worker.index,
             config=self.config,
-            chains={name: material.pem for name, material in self.materials.items()},
+            chains={name: material.pem for name, material in self.materials.certificates.items()},
+            client_authorities=self.materials.client_authorities,
             listener_fds=tuple(tuple(sock.fileno() for sock in sockets) for sockets in worker.listeners),
             tokens=self.tokens.endpoints,
             metrics_fd=worker.metrics_fd,
@@ -116,17 +118,32 @@ class Generation:
     def _describe_certificates(self) -> None:
         """Put into the metrics when certificates expire, and warn of those that clients will refuse."""
         now = datetime.now(timezone.utc)
-        for name, material in self.materials.items():
+        for name, material in self.materials.certificates.items():
             certificate = material.certificate
             slot = self._store.gauge(metrics.CERTIFICATE_NOT_AFTER, (name,))
             self._store.values[slot] = certificate.not_after.timestamp()
             if not certificate.is_valid_at(now):
                 period = {"not_before": certificate.not_before, "not_after": certificate.not_after}
                 _logger.warning("certificate is not valid now", extra={"certificate": name, **period})
+        for address, found in self.materials.client_authorities.items():
+            self._describe_authorities(str(address), found, now)
+
+    def _describe_authorities(self, listener: str, found: ClientAuthorities, now: datetime) -> None:
+        """Do the same for what a listener's clients are verified by: once that has expired, they are refused."""
+        self._store.values[self._store.gauge(metrics.CLIENT_CA_NOT_AFTER, (listener,))] = found.not_after.timestamp()
+        if found.next_update is not None:
+            slot = self._store.gauge(metrics.CLIENT_CRL_NEXT_UPDATE, (listener,))
+            self._store.values[slot] = found.next_update.timestamp()
+        if not found.cas_are_valid_at(now):
+            extra = {"listener": listener, "not_before": found.not_before, "not_after": found.not_after}
+            _logger.error("a CA is not valid now, and clients are refused", extra=extra)
+        if not found.crls_are_valid_at(now):
+            extra_of_crl = {"listener": listener, "this_update": found.this_update, "next_update": found.next_update}
+            _logger.error("a CRL is not valid now, and clients are refused", extra=extra_of_crl)
 
 
 async def bring_up(
-    config: Config, materials: Mapping[str, Material], present: Generation | None, sockets: ListeningSockets, host: Host
+    config: Config, materials: Materials, present: Generation | None, sockets: ListeningSockets, host: Host
 ) -> Generation:
     """Return a new generation that serves, beside the `present` one if there is one; `sockets` are open already.
 
@@ -142,7 +159,7 @@ async def bring_up(
             generation = Generation(config, materials, opened, tokens, host)
             undo.push_async_callback(generation.close, kept)
             tokens.start()
-            await tokens.wait_ready(materials, all_new=present is not None)
+            await tokens.wait_ready(materials.certificates, all_new=present is not None)
             await generation.start_workers()
             undo.pop_all()
         return generation

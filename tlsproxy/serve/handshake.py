@@ -79,6 +79,8 @@ class Handshake:
         elif type(event) is HandshakeComplete:
             self._complete(event)
         elif type(event) is HandshakeFailed:
+            if event.client_result is not None:
+                self._client.runtime.metrics.count_client_certificate(event.client_result)
             result = "tls_alert" if event.alert_received is not None else self._sign_failure or "protocol_error"
             self._client.handshake_failed(result, event.reason)
 
@@ -174,6 +176,9 @@ class Handshake:
             "token": summary.token,
             "duration_s": round(summary.duration_s, 6),
         }
+        if complete.client_certificate is not None:
+            fields["client_subject"] = complete.client_certificate.subject
+            fields["client_fingerprint"] = complete.client_certificate.fingerprint
         if summary.phases is not None:
             fields.update({name: round(seconds, 6) for name, seconds in summary.phases._asdict().items()})
         _completed_log.write(fields)

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import tlsproxy
@@ -24,7 +24,7 @@ from tlsproxy.serve.command_socket import CommandServer
 from tlsproxy.serve.control import NewTicketKeys
 from tlsproxy.serve.figures import Figures
 from tlsproxy.serve.generation import Generation, Host, bring_up
-from tlsproxy.serve.materials import Material, file_versions, load_materials
+from tlsproxy.serve.materials import Materials, file_versions, load_materials
 from tlsproxy.serve.rates import SAMPLE_INTERVAL_S
 from tlsproxy.serve.runtime_directory import RuntimeDirectory
 from tlsproxy.serve.service_manager import ServiceManager
@@ -47,13 +47,13 @@ class Supervisor:
         self,
         config_file: str,
         config: Config,
-        materials: Mapping[str, Material],
+        materials: Materials,
         *,
         inherited: ListeningSockets = NO_SOCKETS,
         predecessor: Predecessor | None = None,
         on_ready: Callable[[], None] | None = None,
     ) -> None:
-        """`config` is what is in `config_file`, `materials` its certificates; `on_ready` is called once it serves.
+        """`config` is what is in `config_file`, `materials` what it refers to; `on_ready` is called once it serves.
 
         `inherited` are sockets opened by the service manager; or there is a `predecessor` that serves until we do.
         """
@@ -246,13 +246,13 @@ class Supervisor:
                 served = before = file_versions(config)
             found = file_versions(config)
             if config.watch_certificates and found == before != served:
-                _logger.info("certificates or soft tokens have changed")
+                _logger.info("certificates, CRLs or soft tokens have changed")
                 served = found
                 with contextlib.suppress(ConfigError, StartupError, HsmError):
                     await self._change(lambda: self._current.config)
             before = found
 
-    async def _replace(self, config: Config, materials: Mapping[str, Material]) -> None:
+    async def _replace(self, config: Config, materials: Materials) -> None:
         old = self._current
         new = await bring_up(config, materials, old, old.sockets, self._host)
         self._generations.insert(0, new)

@@ -24,6 +24,7 @@ from hsm.metricstore import MetricStore
 from hsm.pool import SignerPool
 from hsm.seal import become, forbid_new_privileges
 from tlsproxy import metrics
+from tlsproxy.config import ClientVerify, ListenerConfig
 from tlsproxy.serve.anatomy import SlowHandshake
 from tlsproxy.serve.control import (
     HEARTBEAT_S,
@@ -43,6 +44,7 @@ from tlsproxy.serve.sandbox import confine
 from tlsproxy.serve.sockets import BACKLOG
 from tlsproxy.serve.upstream import Upstream
 from tlsproxy.tls.certificates import Certificate, load_chain
+from tlsproxy.tls.client_certificates import ClientVerification
 from tlsproxy.tls.context import TlsContext, TlsProfile
 
 if TYPE_CHECKING:
@@ -101,9 +103,9 @@ class Worker:
             tls = None
             if listener.profile is not None:
                 tls = self._tls_context(
+                    listener,
                     [certificates[name] for name in listener.certificates],
                     TlsProfile(listener.profile.value),
-                    listener.alpn_protocols,
                 )
             self._listeners.append(
                 ListenerRuntime(
@@ -112,7 +114,12 @@ class Worker:
                     signing_keys={name: signing_keys[name] for name in listener.certificates},
                     pool=self.pool,
                     upstreams=self._upstreams,
-                    metrics=ListenerMetrics(self._store, str(listener.address), tls=tls is not None),
+                    metrics=ListenerMetrics(
+                        self._store,
+                        str(listener.address),
+                        tls=tls is not None,
+                        asks_for_certificates=listener.client_certificates is not None,
+                    ),
                     tracing=tracing,
                 )
             )
@@ -121,11 +128,23 @@ class Worker:
         self._periodic: list[asyncio.Task[None]] = []
 
     def _tls_context(
-        self, certificates: Sequence[Certificate], profile: TlsProfile, alpn_protocols: Sequence[bytes]
+        self, listener: ListenerConfig, certificates: Sequence[Certificate], profile: TlsProfile
     ) -> TlsContext:
-        context = TlsContext(certificates, profile=profile, alpn_protocols=alpn_protocols)
+        context = TlsContext(
+            certificates,
+            profile=profile,
+            alpn_protocols=listener.alpn_protocols,
+            client_verification=self._client_verification(listener),
+        )
         context.set_ticket_keys(self._spec.ticket_keys)
         return context
+
+    def _client_verification(self, listener: ListenerConfig) -> ClientVerification | None:
+        clients = listener.client_certificates
+        if clients is None:
+            return None
+        authorities = self._spec.client_authorities[listener.address]
+        return ClientVerification(authorities, clients.verify is ClientVerify.REQUIRED, clients.depth)
 
     async def start(self) -> None:
         """Accept connections, on the sockets inherited, once tokens are reached or _TOKENS_TIMEOUT_S is over."""

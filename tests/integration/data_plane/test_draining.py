@@ -38,6 +38,7 @@ def redirecting_worker(directory: Path, listening: socket.socket) -> Worker:
             index=1,
             config=dataclasses.replace(config, certificates=()),
             chains={},
+            client_authorities={},
             listener_fds=((os.dup(listening.fileno()),),),
             tokens=(),
             metrics_fd=MetricStore().fd,

@@ -13,6 +13,7 @@ import pytest
 from hsm.keys import public_key_der
 from hsm.messages import KeyType
 from hsm.pki import make_demo_ca
+from tests.client_cas import ClientCa
 from tests.tokens import make_soft_token
 from tests.unit.config.test_config_yaml import MINIMAL, parse
 from tlsproxy.cli import main
@@ -30,6 +31,9 @@ def site(tmp_path: Path) -> Path:
     token = make_soft_token(tmp_path, {"www-ecdsa": KeyType.ECDSA_P256})
     ca = make_demo_ca()
     (tmp_path / "ca.pem").write_bytes(ca.certificate_pem())
+    clients = ClientCa()
+    (tmp_path / "clients-ca.pem").write_bytes(clients.pem())
+    (tmp_path / "clients.crl.pem").write_bytes(clients.crl())
     public_key = public_key_der(token.private_keys["www-ecdsa"].public_key())
     (tmp_path / "www.pem").write_bytes(ca.issue_leaf(public_key, ["www.example.com"], []))
     return tmp_path

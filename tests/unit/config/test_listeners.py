@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.unit.config.test_config_yaml import MINIMAL, parse, problems
-from tlsproxy.config import HeaderRules, HstsConfig, RedirectConfig
+from tlsproxy.config import ClientCertificatesConfig, ClientVerify, HeaderRules, HstsConfig, RedirectConfig
 
 LISTENER = "    certificates: [www]\n    routes: [{upstream: app}]\n"
 
@@ -52,6 +54,32 @@ def test_everything_a_route_can_say() -> None:
     assert (rest.body_bytes, rest.body_idle_s, rest.response_s, rest.hsts) == (1 << 20, 7, None, None)
 
 
+def test_clients_may_be_asked_for_certificates() -> None:
+    def read(tls: str) -> ClientCertificatesConfig | None:
+        text = MINIMAL.replace("    certificates: [www]\n", f"    certificates: [www]\n    tls: {tls}\n")
+        if tls == "off":
+            text = text.replace("    certificates: [www]\n", "")
+        return parse(text).listeners[0].client_certificates
+
+    assert read("off") is read("{profile: modern}") is None
+    found = read("{client_certificates: {ca_file: ca.pem}}")
+    assert found is not None
+    assert (found.verify, found.ca_file, found.crl_file, found.depth) == (
+        ClientVerify.REQUIRED,
+        Path("/etc/tlsproxy/ca.pem"),
+        None,
+        1,
+    )
+    found = read("{client_certificates: {verify: optional, ca_file: /ca.pem, crl_file: crl.pem, depth: 3}}")
+    assert found is not None
+    assert (found.verify, found.ca_file, found.crl_file, found.depth) == (
+        ClientVerify.OPTIONAL,
+        Path("/ca.pem"),
+        Path("/etc/tlsproxy/crl.pem"),
+        3,
+    )
+
+
 _REFUSED_FIELD = "expected the name of a header field that the proxy does not write itself; got "
 
 
@@ -83,6 +111,30 @@ _REFUSED_FIELD = "expected the name of a header field that the proxy does not wr
         (
             "tls: off, routes: [{upstream: app, request_headers: {set: {X-Forwarded-For: a}}}]",
             f"routes[0].request_headers.set.X-Forwarded-For: {_REFUSED_FIELD}'X-Forwarded-For'",
+        ),
+        (
+            "tls: off, routes: [{upstream: app, request_headers: {add: {client-cert: a}}}]",
+            f"routes[0].request_headers.add.client-cert: {_REFUSED_FIELD}'client-cert'",
+        ),
+        (
+            "certificates: [www], tls: {client_certificates: {}}, routes: [{upstream: app}]",
+            "tls.client_certificates: expected the key 'ca_file'; got none",
+        ),
+        (
+            "certificates: [www], tls: {client_certificates: required}, routes: [{upstream: app}]",
+            "tls.client_certificates: expected a mapping; got 'required'",
+        ),
+        (
+            "certificates: [www], tls: {client_certificates: {ca_file: a, verify: on}}, routes: [{upstream: app}]",
+            "tls.client_certificates.verify: expected required or optional; got 'on'",
+        ),
+        (
+            "certificates: [www], tls: {client_certificates: {ca_file: a, depth: 17}}, routes: [{upstream: app}]",
+            "tls.client_certificates.depth: expected a number from 0 to 16; got '17'",
+        ),
+        (
+            "certificates: [www], tls: {client_certificates: {ca_file: a, crl: b}}, routes: [{upstream: app}]",
+            "tls.client_certificates.crl: expected one of ca_file, crl_file, depth, verify; got an unknown key",
         ),
         (
             "tls: off, routes: [{upstream: app, response_headers: {remove: [Content-Length]}}]",
