@@ -1,12 +1,15 @@
 """What changes in a message on its way through: heads are written anew, from what was understood of them.
 
 Hop-by-hop fields end here, also those that Connection names (RFC 9110 section 7.6.1). What a client says about itself
-in X-Forwarded-* and the like is deleted and said by the proxy instead, unless the peer is a trusted proxy. Fields whose
-name is not PLAIN_NAME are deleted too, as nginx does. Message framing is written by the proxy alone.
+in X-Forwarded-* and the like is deleted and said by the proxy instead, unless the peer is a trusted proxy. Whom a
+client's certificate names nobody else may say at all (RFC 9440 section 4): a proxy that is trusted about addresses need
+not know that field, and would pass on what clients put there. Fields whose name is not PLAIN_NAME are deleted too, as
+nginx does. Message framing is written by the proxy alone.
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -30,6 +33,8 @@ _HOP_BY_HOP = frozenset(
 _SAID_BY_PROXY = frozenset(
     (
         b"host",
+        b"client-cert",
+        b"client-cert-chain",
         b"forwarded",
         b"proxy",
         b"x-forwarded-for",
@@ -105,6 +110,16 @@ class Hop(NamedTuple):
     """Say it in Forwarded (RFC 7239) too."""
     trace: bytes = b""
     """Lines with traceparent and tracestate, in place of the client's; empty if the proxy takes no part in traces."""
+    client_cert: bytes = b""
+    """The line that client_cert_field returns; empty for a client without certificate."""
+
+
+def client_cert_field(der: bytes) -> bytes:
+    """Return the line with a client's certificate (RFC 9440 section 2.2).
+
+    The chain is not sent along: a resumed session has the certificate alone.
+    """
+    return b"Client-Cert: :%b:\r\n" % base64.b64encode(der)
 
 
 def request_head(request: RequestHead, hop: Hop, rules: RequestRules) -> bytes:
@@ -140,6 +155,8 @@ def request_head(request: RequestHead, hop: Hop, rules: RequestRules) -> bytes:
             b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\nX-Request-ID: %b\r\n"
             % (hop.client_ip, hop.proto, host, hop.request_id)
         )
+    if hop.client_cert:
+        out.append(hop.client_cert)
     out.append(b"%b%bVia: %b\r\n\r\n" % (hop.trace, rules.appended, b", ".join(vias)))
     return b"".join(out)
 

@@ -166,6 +166,7 @@ class Exchange:
             client.peer_is_trusted,
             client.runtime.config.forwarded,
             b"" if self.trace is None else self.trace.attempt_connected(connection, self.upstream.name),
+            client.client_cert_field,
         )
         self._pending.insert(0, request_head(self.request, hop, self.route.request_rules))
         if self._started:

@@ -45,8 +45,10 @@ class Http2Stream(Responder):
         "_sent_bytes",
         "_session",
         "_trailers",
+        "client_cert_field",
         "client_ip",
         "client_ip_bytes",
+        "client_subject",
         "deadline",
         "id",
         "peer_is_trusted",
@@ -60,6 +62,8 @@ class Http2Stream(Responder):
         self.runtime = client.runtime
         self.client_ip = client.client_ip
         self.client_ip_bytes = client.client_ip_bytes
+        self.client_cert_field = client.client_cert_field
+        self.client_subject = client.client_subject
         self.peer_is_trusted = client.peer_is_trusted
         self.deadline = math.inf
         """Monotonic seconds; on_timeout is called within a second after."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tlsproxy.errors import HttpError, UpstreamError
 from tlsproxy.http.chunks import chunk, last_chunk
 from tlsproxy.http.codec import RequestReader
-from tlsproxy.http.forwarding import ResponseRules, response_head
+from tlsproxy.http.forwarding import ResponseRules, client_cert_field, response_head
 from tlsproxy.http.heads import RequestHead, ResponseHead
 from tlsproxy.http.pace import Pace
 from tlsproxy.http.syntax import Field
@@ -49,7 +49,9 @@ class HttpConnection(ClientConnection, Responder):
         "_response",
         "_successor",
         "_untraced_handshake",
+        "client_cert_field",
         "client_ip_bytes",
+        "client_subject",
         "peer_is_trusted",
     )
 
@@ -69,6 +71,8 @@ class HttpConnection(ClientConnection, Responder):
         self._untraced_handshake: HandshakeSummary | None = None
         """What the first request on the connection had to wait for, if requests are traced."""
         self.client_ip_bytes = b""
+        self.client_cert_field = b""
+        self.client_subject: str | None = None
         self.peer_is_trusted = False
 
     # What ClientConnection calls.
@@ -78,6 +82,9 @@ class HttpConnection(ClientConnection, Responder):
         if self.runtime.tracing is not None:
             self._untraced_handshake = handshake
         self.client_ip_bytes = self.client_ip.encode("ascii")
+        if handshake is not None and handshake.complete.client_certificate is not None:
+            self.client_cert_field = client_cert_field(handshake.complete.client_certificate.der)
+            self.client_subject = handshake.complete.client_certificate.subject
         self.peer_is_trusted = self.runtime.is_trusted(self.client_ip)
         self.deadline = monotonic() + self.runtime.config.timeouts.header_s
         if handshake is not None and handshake.complete.alpn == b"h2":

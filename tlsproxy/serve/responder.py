@@ -44,6 +44,10 @@ class Responder(ABC):
     runtime: ListenerRuntime
     client_ip: str
     client_ip_bytes: bytes
+    client_cert_field: bytes
+    """The line that tells servers of the client's certificate; empty without one."""
+    client_subject: str | None
+    """Whom that certificate names."""
     peer_is_trusted: bool
     """The peer is a proxy whose word on where requests come from is believed."""
     write_paused: bool
@@ -186,6 +190,7 @@ class Responder(ABC):
                 "upstream": upstream or None,
                 "duration_s": round(duration_s, 6),
                 "trace_id": None if trace is None else trace.recorded_id,
+                "client_subject": self.client_subject,
             }
             if exchange is not None:
                 fields["server"] = None if exchange.server is None else str(exchange.server.address)

@@ -5,7 +5,15 @@ import pytest
 from tests.routes import NO_RULES
 from tlsproxy.config import HeaderRules
 from tlsproxy.http.codec import RequestReader, ResponseReader
-from tlsproxy.http.forwarding import Hop, RequestRules, ResponseRules, client_address, request_head, response_head
+from tlsproxy.http.forwarding import (
+    Hop,
+    RequestRules,
+    ResponseRules,
+    client_address,
+    client_cert_field,
+    request_head,
+    response_head,
+)
 from tlsproxy.http.heads import RequestHead
 from tlsproxy.http.replies import own_reply, redirect_reply
 
@@ -71,6 +79,17 @@ def test_a_name_that_a_server_may_read_as_another_does_not_go_on(name: bytes) ->
     lines = forwarded(b"GET / HTTP/1.1\r\nHost: a\r\n%b: root\r\n\r\n" % name, rules=rules)
     assert not any(b"root" in line for line in lines)
     assert b"X-User: nobody" in lines
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("own", [b"", client_cert_field(b"verified")])
+def test_nobody_but_the_proxy_says_what_the_clients_certificate_is(trusted: bool, own: bytes) -> None:
+    names = ("Client-Cert", "client-cert", "CLIENT_CERT", "Client_Cert", "client-Cert_Chain", "Client-Cert-Chain")
+    fields = b"".join(b"%b: :bGllcw==:\r\n" % name.encode() for name in names)
+    head = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: client-cert\r\n%b\r\n" % fields
+    lines = forwarded(head, HOP._replace(trusted=trusted, client_cert=own))
+    said = [line for line in lines if line.lower().startswith((b"client-", b"client_"))]
+    assert said == ([b"Client-Cert: :dmVyaWZpZWQ=:"] if own else [])
 
 
 def test_hop_by_hop_fields_end_here() -> None:
