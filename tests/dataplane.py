@@ -218,9 +218,7 @@ async def data_plane(
     pool = TestPool()
     runtime = ListenerRuntime(
         config,
-        tls=TlsContext(
-            [CERTIFICATE], alpn_protocols=config.alpn_protocols, client_verification=client_verification
-        )
+        tls=TlsContext([CERTIFICATE], alpn_protocols=config.alpn_protocols, client_verification=client_verification)
         if tls
         else None,
         signing_keys=cast("Mapping[str, SigningKey]", {"www": CERTIFICATE}),

@@ -6,6 +6,7 @@ written. Whoever may send such a header may claim any address, so it is only rea
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 import re
 import struct
@@ -39,11 +40,26 @@ _TYPE_ALPN = 0x01
 _TYPE_AUTHORITY = 0x02
 _TYPE_SSL = 0x20
 _SUBTYPE_SSL_VERSION = 0x21
+_SUBTYPE_SSL_CN = 0x22
 _SUBTYPE_SSL_CIPHER = 0x23
 _SSL_HEAD = struct.Struct("!BI")
 _CLIENT_SSL = 0x01
+_CLIENT_CERT_CONN = 0x02
+_CLIENT_CERT_SESS = 0x04
+_VERIFIED = 0
 _NOT_VERIFIED = 1
 """Anything but 0: the client has presented no certificate that was verified (section 2.2.6)."""
+_MAX_COMMON_NAME = 64
+"""Characters: RFC 5280 appendix A.1, ub-common-name."""
+
+
+class ClientShown(enum.Enum):
+    """When the client has shown a certificate that was verified."""
+
+    NEVER = "never"
+    ON_THIS_CONNECTION = "on_this_connection"
+    IN_THIS_SESSION = "in_this_session"
+    """On an earlier connection, whose TLS session this one resumes."""
 
 
 class ProxyProtocolError(ValueError):
@@ -66,6 +82,9 @@ class TlsDetails:
     cipher: str
     alpn: bytes | None
     server_name: str | None
+    client_shown: ClientShown = ClientShown.NEVER
+    client_common_name: str | None = None
+    """Of the client's certificate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +214,16 @@ def _tls_tlvs(tls: TlsDetails) -> bytes:
     details = _tlv(_SUBTYPE_SSL_VERSION, tls.version.encode("ascii")) + _tlv(
         _SUBTYPE_SSL_CIPHER, tls.cipher.encode("ascii")
     )
-    tlvs = _tlv(_TYPE_SSL, _SSL_HEAD.pack(_CLIENT_SSL, _NOT_VERIFIED) + details)
+    client, verified = _CLIENT_SSL, _NOT_VERIFIED
+    if tls.client_shown is not ClientShown.NEVER:
+        client, verified = client | _CLIENT_CERT_SESS, _VERIFIED
+        if tls.client_shown is ClientShown.ON_THIS_CONNECTION:
+            client |= _CLIENT_CERT_CONN
+    name = tls.client_common_name
+    # A name is not shortened, for it would be another's; nor are control characters anybody's name.
+    if name is not None and 0 < len(name) <= _MAX_COMMON_NAME and name.isprintable():
+        details += _tlv(_SUBTYPE_SSL_CN, name.encode())
+    tlvs = _tlv(_TYPE_SSL, _SSL_HEAD.pack(client, verified) + details)
     if tls.alpn is not None:
         tlvs += _tlv(_TYPE_ALPN, tls.alpn)
     if tls.server_name is not None:

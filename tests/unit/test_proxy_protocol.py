@@ -11,6 +11,7 @@ from tlsproxy.config import Address
 from tlsproxy.proxy_protocol import (
     MAX_V1_BYTES,
     MAX_V2_BYTES,
+    ClientShown,
     Endpoints,
     ProxyHeader,
     ProxyProtocolError,
@@ -129,3 +130,25 @@ def test_the_tlvs_about_tls() -> None:
         + b"\x02\x00\x0fwww.example.com",
     )  # fmt: skip
     assert v2_header(IPV4, TlsDetails("TLSv1.2", "X", None, None)).endswith(b"\x21\x00\x07TLSv1.2\x23\x00\x01X")
+
+
+@pytest.mark.parametrize(
+    ("shown", "name", "head", "name_tlv"),
+    [
+        (ClientShown.NEVER, None, b"\x01\x00\x00\x00\x01", b""),
+        (ClientShown.ON_THIS_CONNECTION, "alice", b"\x07\x00\x00\x00\x00", b"\x22\x00\x05alice"),
+        (ClientShown.IN_THIS_SESSION, "alice", b"\x05\x00\x00\x00\x00", b"\x22\x00\x05alice"),
+        (ClientShown.ON_THIS_CONNECTION, "B\u00e4r", b"\x07\x00\x00\x00\x00", b"\x22\x00\x04B\xc3\xa4r"),
+        (ClientShown.ON_THIS_CONNECTION, "x" * 64, b"\x07\x00\x00\x00\x00", b"\x22\x00\x40" + b"x" * 64),
+        *(
+            (ClientShown.ON_THIS_CONNECTION, name, b"\x07\x00\x00\x00\x00", b"")
+            for name in (None, "", "x" * 65, "a\0b")
+        ),
+    ],
+)
+def test_the_tlvs_about_a_clients_certificate(
+    shown: ClientShown, name: str | None, head: bytes, name_tlv: bytes
+) -> None:
+    header = v2_header(IPV4, TlsDetails("TLSv1.2", "X", None, None, shown, name))
+    ssl = head + b"\x21\x00\x07TLSv1.2\x23\x00\x01X" + name_tlv
+    assert header == v2(0x21, 0x11, BODY4 + b"\x20" + struct.pack("!H", len(ssl)) + ssl)

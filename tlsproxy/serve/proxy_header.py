@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tlsproxy.config import ProxyProtocol
 from tlsproxy.proxy_protocol import (
+    ClientShown,
     Endpoints,
     ProxyProtocolError,
     TlsDetails,
@@ -56,4 +58,9 @@ def header_for_server(version: ProxyProtocol, endpoints: Endpoints | None, tls: 
         return v1_header(endpoints)
     if tls is None:
         return v2_header(endpoints, None)
-    return v2_header(endpoints, TlsDetails(tls.tls_version, tls.cipher, tls.alpn, tls.server_name))
+    details = TlsDetails(tls.tls_version, tls.cipher, tls.alpn, tls.server_name)
+    certificate = tls.client_certificate
+    if certificate is not None:
+        shown = ClientShown.IN_THIS_SESSION if tls.resumed else ClientShown.ON_THIS_CONNECTION
+        details = replace(details, client_shown=shown, client_common_name=certificate.common_name)
+    return v2_header(endpoints, details)
