@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hsm.messages import KeyType
@@ -221,6 +222,21 @@ def test_clients_are_told_the_names_of_the_cas(signer: Signer, authority: Author
     someone.connects(listener(signer, ROOT, OTHER)).event(HandshakeComplete)
     (request,) = (data for data in received if data[:1] == b"\x0d")
     assert all(ca.certificate.subject.public_bytes() in request for ca in (ROOT, OTHER))
+
+
+def test_our_own_chain_is_not_completed_by_the_cas_of_clients(signer: Signer, authority: Authority) -> None:
+    received = []
+    cas = load_client_cas(
+        b"".join(ca.public_bytes(Encoding.PEM) for ca in (authority.root, authority.intermediate)), ""
+    )
+    leaf_alone = dataclasses.replace(served(signer)[0], chain=served(signer)[0].chain[:1])
+    verification = ClientVerification(client_authorities(cas, ()), required=False, depth=1)
+    someone = Someone(authority, signer, "TLSv1.2", None)
+    someone._tls._msg_callback = lambda connection, direction, version, content, message, data: received.append(data)
+    someone.connects(TlsContext([leaf_alone], client_verification=verification))
+    (sent,) = (data for data in received if data[:1] == b"\x0b")
+    assert leaf_alone.chain[0] in sent
+    assert authority.intermediate.public_bytes(Encoding.DER) not in sent
 
 
 def test_a_chain_that_is_too_large_is_refused(signer: Signer, someone: Callable[..., Someone]) -> None:
