@@ -59,7 +59,7 @@ class Router:
             others = other_readings(request.target)
         except MessageError as error:
             raise HttpError(400, error.rule) from None
-        if any(_longest(paths, other) is not found for other in others):
+        if others and any(_longest(paths, other) is not found for other in others):
             raise HttpError(400, "ambiguous_path")
         return found
 
