@@ -41,11 +41,15 @@ async def told_to_end(proxy: Proxy) -> int:
     (worker,) = proxy.hsm_workers
     proxy.process.send_signal(signal.SIGTERM)
     await proxy.until(lambda: is_pending(worker, signal.SIGTERM), "the worker told")
-    os.kill(worker, signal.SIGCONT)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(worker, signal.SIGCONT)
     return await asyncio.wait_for(proxy.process.wait(), 30)
 
 
 def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has been sent a signal and is stopped, or gone already: it is not waited for without end."""
+    if not Path(f"/proc/{pid}").exists():
+        return True
     (mask,) = re.findall(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
     return bool(int(mask, 16) >> (number - 1) & 1)
 
