@@ -148,7 +148,7 @@ async def proxy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy
         sockets = await stack.enter_async_context(serve(talk, "127.0.0.1", 0))
         ws_port = next(iter(sockets.sockets)).getsockname()[1]
         config = site_config(directory, keys, f"127.0.0.1:{upstream.port}")
-        config["upstreams"][0]["timeouts"] = {"response": "1s"}
+        config["upstreams"][0]["timeouts"] = {"response": "2s"}
         config["upstreams"] += [
             {"name": "dead", "servers": [{"address": f"127.0.0.1:{free_port()}"}]},
             {"name": "ws", "servers": [{"address": f"127.0.0.1:{ws_port}"}]},
