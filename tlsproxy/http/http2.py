@@ -86,7 +86,7 @@ class StreamReset(NamedTuple):
 
 
 class WindowOpened(NamedTuple):
-    """The client takes more on this stream; 0: perhaps on any."""
+    """The client takes more on this stream, perhaps; 0: on those that the connection's window held up."""
 
     stream_id: int
 
@@ -240,7 +240,8 @@ class Http2Connection:
             elif isinstance(event, h2_events.WindowUpdated):
                 events.append(WindowOpened(event.stream_id))
             elif isinstance(event, h2_events.RemoteSettingsChanged):
-                events.append(WindowOpened(0))
+                # They may change the window of every stream, but not the connection's.
+                events += [WindowOpened(stream_id) for stream_id in self._h2.streams]
         return events
 
     def consumed(self, stream_id: int, window_bytes: int) -> None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 FRAMES_PER_TURN = 32
 """Frames of one client that are acted on before other connections get their turn."""
+TURN_S = 0.002
+"""Likewise; a frame may be a window for a hundred streams, or a head of 64 KiB in a few bytes."""
 _FLUSH_BYTES = 64 * 1024
 
 
@@ -42,6 +44,7 @@ class Http2Session:
         "_drain_until_s",
         "_in_turn",
         "_input_ended",
+        "_starved",
         "_streams",
         "_turn_due",
         "_unflushed_bytes",
@@ -57,6 +60,8 @@ class Http2Session:
         self._streams: dict[int, Http2Stream] = {}
         self._blocked: dict[int, Http2Stream] = {}
         """Those that have more to say than the client takes now, the one that has waited longest first."""
+        self._starved: dict[int, None] = {}
+        """Those of them that wait for the connection's window, in order."""
         self._in_turn = False
         self._turn_due = False
         """Frames wait for the loop's next turn."""
@@ -130,13 +135,19 @@ class Http2Session:
 
     def pump(self, stream: Http2Stream) -> None:
         """Send what `stream` has to say, as far as it goes."""
+        starved = False
         while stream.is_blocked and not self.client.write_paused:
             sent = stream.send_frame()
             if sent < 0:
+                starved = not self.protocol.has_room
                 break
             self._unflushed_bytes += sent
             if self._unflushed_bytes >= _FLUSH_BYTES:
                 self.flush()
+        if starved:
+            self._starved[stream.id] = None
+        else:
+            self._starved.pop(stream.id, None)
         if not stream.is_blocked:
             self._blocked.pop(stream.id, None)
         elif stream.id not in self._blocked:
@@ -165,6 +176,7 @@ class Http2Session:
         """Take a stream that has ended off the books."""
         del self._streams[stream.id]
         self._blocked.pop(stream.id, None)
+        self._starved.pop(stream.id, None)
         if not self._streams:
             self._set_deadline()
             if self.protocol.client_leaves:
@@ -189,20 +201,21 @@ class Http2Session:
                     return
                 events = self.protocol.next_events(now_s)
                 if events is None:
-                    break
+                    return
                 for event in events:
                     self._act_on(event)
-            else:
-                self._turn_due = True
-                client.pause(PauseReason.TURN)
-                asyncio.get_running_loop().call_soon(self._next_turn)
+                if monotonic() - now_s > TURN_S:
+                    break
+            self._turn_due = True
+            client.pause(PauseReason.TURN)
+            asyncio.get_running_loop().call_soon(self._next_turn)
         except Http2Error as error:
             client.runtime.metrics.count_rejected(error.rule)
             self.flush()
             client.finish()
         finally:
             self._in_turn = False
-        self.flush()
+            self.flush()
 
     def _next_turn(self) -> None:
         self._turn_due = False
@@ -243,8 +256,14 @@ class Http2Session:
                 found.abandon()
 
     def _window_opened(self, stream_id: int) -> None:
-        """Let the stream go on that waited for this, or all of them as long as the connection's window lasts."""
-        for waiting_id in [stream_id] if stream_id else list(self._blocked):
+        """Let the stream go on that waited for this, or those that waited for the connection, while its window lasts.
+
+        Each look at a stream uses some of the window or is the last: a byte of it is no occasion to look at them all.
+        """
+        if stream_id:
+            self._go_on(stream_id)
+            return
+        for waiting_id in list(self._starved):
             if not self.protocol.has_room:
                 break
             self._go_on(waiting_id)

@@ -150,8 +150,10 @@ def test_room_and_when_there_is_more() -> None:
 
 def test_settings_may_open_windows_too() -> None:
     pair = Pair()
+    pair.client.send_headers(1, HEAD, end_stream=True)
+    pair.exchange()
     pair.client.update_settings({4: 1 << 20})
-    assert WindowOpened(0) in pair.exchange()
+    assert WindowOpened(1) in pair.exchange()
 
 
 def test_a_client_that_leaves_may_still_be_answered() -> None:
