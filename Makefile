@@ -19,7 +19,7 @@ help:
 	@echo "make conformance  run the HTTP conformance corpus through the real proxy"
 	@echo "make asan         run the engine's tests with its C code under AddressSanitizer and UBSan"
 	@echo "make bench        compare with other servers; writes PERFORMANCE.md and perf/results (8 minutes)"
-	@echo "make abuse        attack the proxy in eleven ways, and see what honest clients notice (minutes)"
+	@echo "make abuse        attack the proxy in eighteen ways, and see what honest clients notice (minutes)"
 	@echo "make soak         count 10,000 mixed handshakes exactly; 1 GB both ways past a slow reader, and the memory for it"
 	@echo "make lint         ruff, mypy --strict, import layers, clang-format"
 	@echo "make format       format Python and C"

