@@ -57,6 +57,7 @@ class Pkcs11Signer(Signer):
     def sign_by(self, recipe: Recipe, key: KeyInfo | TokenKey, tbs: bytes) -> bytes:
         """Sign, and do what the token's errors call for before trying again. Raises as `sign` does."""
         data = recipe.token_input(tbs)
+        has_lost_session = False
         for attempt in range(_SIGN_ATTEMPTS):
             state = self._token.state
             handle = state.handles.get(key.public_key)
@@ -69,7 +70,8 @@ class Pkcs11Signer(Signer):
                 raw = self._sign(self._handle, recipe.mechanism, recipe.parameter, handle, data)
             except CryptokiError as error:
                 last = error
-                self._remedy(error, state, attempt)
+                has_lost_session = has_lost_session or error.session_is_gone
+                self._remedy(error, state, attempt, has_lost_session=has_lost_session)
                 continue
             if state is not self._confirmed:
                 self._token.confirm(state)
@@ -77,16 +79,19 @@ class Pkcs11Signer(Signer):
             return raw if recipe.curve_bytes is None else _ecdsa_der(raw, recipe.curve_bytes)
         raise last.token_error()
 
-    def _remedy(self, error: CryptokiError, state: OpenToken, attempt: int) -> None:
-        """Do what may help. Raises TokenError when nothing does, and PinRefused."""
+    def _remedy(self, error: CryptokiError, state: OpenToken, attempt: int, *, has_lost_session: bool) -> None:
+        """Do what may help. Raises TokenError when nothing does, and PinRefused.
+
+        `has_lost_session`: with this signature the token has said that ours is gone, so all others may be.
+        """
         match error.remedy:
             case Remedy.NEW_SESSION:
-                self._drop_session()
+                self._drop_session(is_gone=error.session_is_gone)
             case Remedy.NEW_LOGIN:
-                self._token.recover(state, error)
+                self._token.recover(state, error, sessions_are_gone=has_lost_session)
             case Remedy.NEW_TOKEN:
-                self._drop_session()
-                self._token.recover(state, error)
+                self._drop_session(is_gone=False)
+                self._token.recover(state, error, sessions_are_gone=False)
             case Remedy.WAIT:
                 time.sleep(_PAUSE_S * 2**attempt)
             case Remedy.NONE:
@@ -98,11 +103,12 @@ class Pkcs11Signer(Signer):
         self._session = open_session(state.token)
         self._handle = handle_of(self._session)
 
-    def _drop_session(self) -> None:
+    def _drop_session(self, *, is_gone: bool) -> None:
         """Close the session, should it still be there: a token has only so many."""
         if self._session is not None:
-            with contextlib.suppress(CryptokiError):
-                close_session(self._session)
+            if not is_gone:
+                with contextlib.suppress(CryptokiError):
+                    close_session(self._session)
             self._session = None
             self._backend.count_session_lost()
 

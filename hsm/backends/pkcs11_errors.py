@@ -105,6 +105,7 @@ _LIBRARY_CLASSES: dict[type[PKCS11Error], int] = {
 }
 
 CKR_SESSION_COUNT = 0xB1
+_SESSION_GONE = frozenset({0xB0, 0xB3})
 CKR_USER_ALREADY_LOGGED_IN = 0x100
 CKR_CRYPTOKI_NOT_INITIALIZED = 0x190
 PIN_REFUSED = frozenset({0xA0, 0xA1, 0xA2, 0xA3, 0xA4, 0x102})
@@ -118,6 +119,8 @@ class CryptokiError(PKCS11Error):
         self.function = function
         self.value = value
         """None: not known."""
+        self.session_is_gone = value in _SESSION_GONE
+        """The session's handle is nobody's now, or another's: some tokens give it to the next that is opened."""
         known = ("unknown", _NEW_TOKEN) if value is None else _CODES.get(value, (f"0x{value:X}", _NEW_TOKEN))
         self.code, self.remedy = known
         """`code` is the CKR's name, or its number where it has none: as in messages and metric labels."""

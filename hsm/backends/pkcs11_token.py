@@ -97,11 +97,11 @@ class TokenKeeper:
         """The token has failed for so long that the module may have to be loaded anew, by a new process."""
         return self._failures > 0 and time.monotonic() - self._failing_since_s > _LOST_AFTER_S
 
-    def recover(self, failed: OpenToken, cause: CryptokiError) -> None:
+    def recover(self, failed: OpenToken, cause: CryptokiError, *, sessions_are_gone: bool) -> None:
         """Find the token, log in and find the keys again, unless another thread has since `failed` was taken.
 
         A token that stays away, or fails again before it has signed, is tried less and less often, every 0.8 s at last;
-        in between this fails at once.
+        in between this fails at once. The session that kept the login is closed, unless `sessions_are_gone`.
 
         Raises TokenError, retryable, and PinRefused: from then on at once, without another try.
         """
@@ -118,8 +118,9 @@ class TokenKeeper:
                 _log.warning("%s; opening the token again", cause)
             self._not_before_s = now_s + _BACK_OFF_S[min(self._failures, len(_BACK_OFF_S) - 1)]
             self._failures += 1
-            with contextlib.suppress(CryptokiError):
-                close_session(failed.session)
+            if not sessions_are_gone:
+                with contextlib.suppress(CryptokiError):
+                    close_session(failed.session)
             try:
                 self.state = self._reopened(failed.generation + 1)
             except TokenConfigError as error:

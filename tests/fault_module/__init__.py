@@ -37,6 +37,7 @@ _FIELDS = {
             "open_session_calls",
             "find_calls",
             "initialize_calls",
+            "failed_closes",
         ]
     )
 }

@@ -86,6 +86,7 @@ struct control {
     _Atomic uint32_t open_session_calls;
     _Atomic uint32_t find_calls;
     _Atomic uint32_t initialize_calls;
+    _Atomic uint32_t failed_closes; /* of sessions that were not there: with some modules, of another's */
 };
 
 static struct control *control;
@@ -244,6 +245,8 @@ static ulong_t close_session(ulong_t session) {
     ulong_t result = call(session);
     if (result == CKR_OK) {
         atomic_fetch_sub(&control->open_sessions, 1);
+    } else {
+        atomic_fetch_add(&control->failed_closes, 1);
     }
     pthread_rwlock_unlock(&calls);
     return result;

@@ -264,6 +264,16 @@ def test_signs_after_all_sessions_and_the_login_were_lost(
     assert counted(token) == {metrics.SESSIONS: 8.0, metrics.SESSION_REOPENS: 8.0}
 
 
+def test_a_session_that_is_gone_is_not_closed(token: FaultyToken, open_token: Callable[..., Pkcs11Backend]) -> None:
+    """A token may have given its handle to a session that another thread has opened since."""
+    backend = open_token()
+    token.faults.lose_sessions()
+    sign(backend)
+    sign(backend, 1)
+    assert token.faults.get("open_sessions") == 3
+    assert token.faults.get("failed_closes") == 0
+
+
 @pytest.mark.parametrize("on", [On.FIND, On.SLOTS, On.OPEN_SESSION, On.LOGIN])
 @pytest.mark.parametrize("error", [CKR_DEVICE_ERROR, CKR_SESSION_HANDLE_INVALID, VENDOR_DEFINED])
 def test_recovers_in_spite_of_errors_in_recovery(
@@ -289,10 +299,10 @@ def test_what_one_thread_has_won_back_another_does_not_open_again(
     keeper = open_token().token
     failed = keeper.state
     error = CryptokiError("C_Sign", CKR_DEVICE_ERROR)
-    keeper.recover(failed, error)
+    keeper.recover(failed, error, sessions_are_gone=False)
     recovered = keeper.state
     assert recovered is not failed
-    keeper.recover(failed, error)
+    keeper.recover(failed, error, sessions_are_gone=False)
     assert keeper.state is recovered
     assert token.faults.get("login_calls") == 2
 

@@ -213,12 +213,13 @@ async def test_proxy_workers_may_have_as_many_descriptors_as_the_system_allows(t
     """And nobody else: some PKCS#11 libraries use select(2), which ends at 1024."""
     make_site(tmp_path, KEYS)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    inherited = hard - 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (inherited, hard))
     try:
         async with running_proxy(tmp_path, site_config(tmp_path, KEYS, "127.0.0.1:9")) as proxy:
             ((worker,), (hsm_worker,)) = proxy.proxy_workers, proxy.hsm_workers
             assert resource.prlimit(worker, resource.RLIMIT_NOFILE) == (hard, hard)
-            assert resource.prlimit(hsm_worker, resource.RLIMIT_NOFILE) == (512, hard)
+            assert resource.prlimit(hsm_worker, resource.RLIMIT_NOFILE) == (inherited, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
