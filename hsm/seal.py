@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import logging
 import os
 import resource
+import termios
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -55,6 +58,24 @@ def become(run_as: Sequence[int]) -> None:
 def forbid_new_privileges() -> None:
     """Keep this process and its children from gaining privileges by exec (PR_SET_NO_NEW_PRIVS). Raises OSError."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def leave_terminal() -> None:
+    """Give up the controlling terminal: whoever has one can type into it (TIOCSTI), commands to the shell of root.
+
+    Not by a session of its own: Linux's autogroups schedule each session by itself, which processes that hand work to
+    one another in batches do not gain by. Raises OSError.
+    """
+    try:
+        terminal = os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return
+        raise
+    try:
+        fcntl.ioctl(terminal, termios.TIOCNOTTY)
+    finally:
+        os.close(terminal)
 
 
 def forbid_dumps() -> None:

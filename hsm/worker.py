@@ -30,7 +30,7 @@ from hsm.errors import HsmError, TokenError
 from hsm.messages import keys_to_json
 from hsm.metricstore import MetricStore
 from hsm.pin import read_pin, wipe
-from hsm.seal import become, close_descriptors, seal_process
+from hsm.seal import become, close_descriptors, leave_terminal, seal_process
 from hsm.workerspec import MAX_SPEC_BYTES, SPEC_FD, WorkerSpec, WorkerSpecError
 
 _EXIT_FAILED = 1
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     close_descriptors(fd for fd in inherited if fd is not None)
     logs.configure(spec.log_level, spec.log_format, f"hsm-worker-{spec.token}")
     try:
+        leave_terminal()
         become(spec.run_as)
         seal_process()
         _run(spec, spec_fd)

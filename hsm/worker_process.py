@@ -193,8 +193,6 @@ class WorkerProcess:
             stdin=asyncio.subprocess.DEVNULL,
             pass_fds=[fd for fd in descriptors if fd is not None],
             env=inherited | {"PYTHONPATH": python_path, "PYTHONSAFEPATH": "1"},
-            # Whoever has a controlling terminal can type into it (TIOCSTI): commands to the shell of root.
-            start_new_session=True,
         )
 
     async def _follow(self, statuses: io.FileIO) -> None:

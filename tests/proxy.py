@@ -14,7 +14,7 @@ import socket
 import ssl
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,11 +193,15 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> Path:
 
 @contextlib.asynccontextmanager
 async def running_proxy(
-    directory: Path, config: Mapping[str, Any], environment: Mapping[str, str] | None = None
+    directory: Path,
+    config: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    launcher: Sequence[str] = (),
 ) -> AsyncIterator[Proxy]:
-    """Run the product with `config` while the context lasts; ready when it begins."""
+    """Run the product with `config` while the context lasts; ready when it begins. `launcher` is to execute it."""
     with (directory / "stderr").open("ab") as stderr:
         process = await asyncio.create_subprocess_exec(
+            *launcher,
             *TLSPROXY,
             "run",
             "--config",

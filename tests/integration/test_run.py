@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import ssl
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,8 +239,22 @@ async def test_runtime_files_are_closed_to_others(tmp_path: Path) -> None:
 
 async def test_no_worker_shares_the_terminal_of_who_started_the_proxy(tmp_path: Path) -> None:
     make_site(tmp_path, KEYS)
-    async with running_proxy(tmp_path, site_config(tmp_path, KEYS, "127.0.0.1:9")) as proxy:
-        assert all(os.getsid(pid) == pid for pid in (*proxy.proxy_workers, *proxy.hsm_workers))
+    # The first terminal that the leader of a session opens becomes its controlling one.
+    code = "import os, sys; os.setsid(); os.open(sys.argv[1], os.O_RDWR); os.execvp(sys.argv[2], sys.argv[2:])"
+    ours, theirs = os.openpty()
+    launcher = (sys.executable, "-c", code, os.ttyname(theirs))
+    try:
+        async with running_proxy(tmp_path, site_config(tmp_path, KEYS, "127.0.0.1:9"), launcher=launcher) as proxy:
+            assert controlling_terminal(proxy.process.pid)
+            assert not any(map(controlling_terminal, (*proxy.proxy_workers, *proxy.hsm_workers)))
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def controlling_terminal(pid: int) -> int:
+    """Return the device of a process's controlling terminal, 0 if it has none (proc(5))."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[4])
 
 
 async def test_each_request_and_each_handshake_is_a_line(tmp_path: Path) -> None:

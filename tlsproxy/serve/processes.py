@@ -180,8 +180,6 @@ class ProxyWorker:
             pass_fds=[control_fd, self.metrics_fd, *listener_fds],
             stdin=asyncio.subprocess.DEVNULL,
             env=self._environment,
-            # Whoever has a controlling terminal can type into it (TIOCSTI): commands to the shell of root.
-            start_new_session=True,
         )
 
     async def _listen(self, reader: asyncio.StreamReader, process: asyncio.subprocess.Process) -> None:

@@ -22,7 +22,7 @@ import uvloop
 from hsm import logs
 from hsm.metricstore import MetricStore
 from hsm.pool import SignerPool
-from hsm.seal import become, forbid_new_privileges
+from hsm.seal import become, forbid_new_privileges, leave_terminal
 from tlsproxy import metrics
 from tlsproxy.config import ClientVerify, ListenerConfig
 from tlsproxy.serve.anatomy import SlowHandshake
@@ -329,6 +329,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     _configure_log(spec)
     try:
+        leave_terminal()
         become(spec.run_as)
         forbid_new_privileges()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
